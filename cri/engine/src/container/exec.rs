@@ -1,0 +1,269 @@
+//! ExecSync: the daemon makes the pipes and drains them; the monitor runs the command and tells how it ended.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use coracle_cgroup::{Location, Manager};
+use coracle_kernel::fd;
+use coracle_proto::cri::ExecSyncResponse;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::unix::pipe::Receiver;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tracing::warn;
+
+use super::{Hold, KILL_TIME, blocking};
+use crate::error::{Context as _, Error, Result};
+use crate::monitor::{ExecCall, Monitor};
+use crate::pod::PodHandle;
+use crate::spec_gen;
+
+/// Both streams together: the kubelet takes messages of 16 MiB, and the answer has a frame.
+const OUTPUT_BYTES: usize = (16 << 20) - (64 << 10);
+
+/// How long the pipes may stay open after the command's end, held by children that it left behind.
+const DRAIN_TIME: Duration = Duration::from_secs(2);
+
+/// How long the command may run where the request sets no limit: as long as it likes.
+const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// Runs `command` in the container; returns when it ended or had its time.
+pub(crate) async fn exec_sync(
+    pod: &PodHandle,
+    id: &str,
+    command: &[String],
+    timeout_seconds: i64,
+) -> Result<ExecSyncResponse> {
+    if command.is_empty() {
+        return Err(Error::invalid("cmd", "is empty"));
+    }
+    let limit = match u64::try_from(timeout_seconds) {
+        Ok(0) => FOREVER,
+        Ok(seconds) => Duration::from_secs(seconds).min(FOREVER),
+        Err(_) => return Err(Error::invalid("timeout", "is negative")),
+    };
+    let view = pod.container(id)?;
+    let not_running = || Error::State {
+        what: "container",
+        id: id.to_owned(),
+        why: "is not running".to_owned(),
+    };
+    let (Some(hold), Some(monitor)) = (pod.hold(id), pod.monitor()) else {
+        return Err(not_running());
+    };
+    if !view.running || !view.record.is_alive() {
+        return Err(not_running());
+    }
+
+    let bundle = pod.core().paths.bundle(pod.id(), id).join("config.json");
+    let words = command.to_vec();
+    let process = blocking(move || {
+        let stored = std::fs::read(bundle).step("read the container's config")?;
+        let stored = serde_json::from_slice(&stored).step("parse the container's config")?;
+        Ok::<_, Error>(spec_gen::exec_process(&stored, &words)?.to_string())
+    })
+    .await??;
+
+    let group = ExecGroup::make(&hold).await?;
+    let outcome = run(&monitor, id, &group, process, limit).await;
+    // Children that the command left behind go with it, in every case.
+    group.end().await;
+    outcome
+}
+
+async fn run(
+    monitor: &Monitor,
+    id: &str,
+    group: &ExecGroup,
+    process: String,
+    limit: Duration,
+) -> Result<ExecSyncResponse> {
+    let (stdout, stdout_end) = fd::pipe().step("make a pipe")?;
+    let (stderr, stderr_end) = fd::pipe().step("make a pipe")?;
+    let budget = Arc::new(AtomicUsize::new(OUTPUT_BYTES));
+    let (stdout, stderr) = (drain(stdout, &budget)?, drain(stderr, &budget)?);
+    let call = ExecCall {
+        container: id.to_owned(),
+        // Unique in the pod, as the monitor asks.
+        exec: format!("{id}/{}", group.name),
+        process: process.into_bytes(),
+        stdout: stdout_end,
+        stderr: stderr_end,
+        cgroup: group.location.clone(),
+    };
+    // The time of the request counts from here: a monitor that does not answer is part of it.
+    let whole = async {
+        let started = monitor.exec(call).await?;
+        started.exit.await
+    };
+    let exit_code = match timeout(limit, whole).await {
+        Ok(outcome) => outcome?,
+        Err(_) => {
+            group.kill().await;
+            return Err(Error::Deadline {
+                step: "run the command",
+                limit,
+            });
+        }
+    };
+    let (stdout, stderr) = finish(group, stdout, stderr).await;
+    Ok(ExecSyncResponse {
+        stdout,
+        stderr,
+        exit_code,
+    })
+}
+
+/// What both pipes gave: at their end, or when those who hold them open had their time and were killed.
+async fn finish(group: &ExecGroup, mut stdout: Drain, mut stderr: Drain) -> (Vec<u8>, Vec<u8>) {
+    let both = async { (stdout.ended().await, stderr.ended().await) };
+    if timeout(DRAIN_TIME, both).await.is_err() {
+        group.kill().await;
+        // Somebody outside the group may hold a pipe still: it is not waited for.
+        let both = async { (stdout.ended().await, stderr.ended().await) };
+        let _ = timeout(Duration::from_millis(100), both).await;
+    }
+    (stdout.take(), stderr.take())
+}
+
+/// A pipe that is being read by a task of its own.
+struct Drain {
+    task: JoinHandle<()>,
+    bytes: Arc<std::sync::Mutex<Vec<u8>>>,
+}
+
+impl Drain {
+    async fn ended(&mut self) {
+        let _ = (&mut self.task).await;
+    }
+
+    fn take(self) -> Vec<u8> {
+        self.task.abort();
+        std::mem::take(
+            &mut *self
+                .bytes
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner),
+        )
+    }
+}
+
+fn drain(pipe: OwnedFd, budget: &Arc<AtomicUsize>) -> Result<Drain> {
+    fd::set_nonblocking(&pipe, true).step("set up a pipe")?;
+    let mut pipe = Receiver::from_owned_fd(pipe).step("watch a pipe")?;
+    let bytes = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let (budget, sink) = (budget.clone(), bytes.clone());
+    let task = tokio::spawn(async move {
+        let mut buffer = vec![0; 64 << 10];
+        while let Ok(count @ 1..) = pipe.read(&mut buffer).await {
+            // Beyond the budget everything is read and dropped, so that the command never blocks on us.
+            let mut kept = 0;
+            let _ = budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                kept = count.min(left);
+                Some(left - kept)
+            });
+            let mut sink = sink.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            sink.extend_from_slice(&buffer[..kept]);
+        }
+    });
+    Ok(Drain { task, bytes })
+}
+
+/// The exec's own cgroup, a child of the container's leaf: what is in it was started by this exec.
+struct ExecGroup {
+    name: String,
+    location: Location,
+    manager: Arc<std::sync::Mutex<Box<dyn Manager>>>,
+}
+
+impl ExecGroup {
+    async fn make(hold: &Arc<Hold>) -> Result<ExecGroup> {
+        let name = format!("exec-{}", hold.next_exec.fetch_add(1, Ordering::Relaxed));
+        let (hold, child) = (hold.clone(), name.clone());
+        let manager = blocking(move || {
+            let mut group = hold.with_cgroup(|cgroup| cgroup.sub_group(&child))?;
+            group.create(&coracle_spec::oci::LinuxResources::default())?;
+            Ok::<_, coracle_cgroup::Error>(group)
+        })
+        .await?
+        .step("make the exec's cgroup")?;
+        let location = manager.location().clone();
+        Ok(ExecGroup {
+            name,
+            location,
+            manager: Arc::new(std::sync::Mutex::new(manager)),
+        })
+    }
+
+    async fn kill(&self) {
+        self.act("kill what is left of an exec", |group| group.kill(KILL_TIME))
+            .await;
+    }
+
+    /// Removes the group with whatever is in it.
+    async fn end(self) {
+        self.act("remove an exec's cgroup", |group| {
+            group.kill(KILL_TIME)?;
+            group.remove(KILL_TIME)
+        })
+        .await;
+    }
+
+    async fn act(
+        &self,
+        what: &'static str,
+        act: impl FnOnce(&mut dyn Manager) -> coracle_cgroup::Result<()> + Send + 'static,
+    ) {
+        let manager = self.manager.clone();
+        let outcome =
+            blocking(move || act(&mut **manager.lock().unwrap_or_else(std::sync::PoisonError::into_inner)));
+        match outcome.await {
+            // The group goes with the container's leaf at the latest.
+            Ok(Err(error)) => warn!(group = self.name, %error, "cannot {what}"),
+            Err(error) => warn!(group = self.name, %error, "cannot {what}"),
+            Ok(Ok(())) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn both_streams_share_one_budget_and_are_read_to_their_end() {
+        let budget = Arc::new(AtomicUsize::new(10_000));
+        let mut drains = Vec::new();
+        let mut writers = Vec::new();
+        for _ in 0..2 {
+            let (read, write) = fd::pipe().unwrap();
+            drains.push(drain(read, &budget).unwrap());
+            writers.push(std::thread::spawn(move || {
+                std::fs::File::from(write).write_all(&[b'x'; 1_000_000]).unwrap();
+            }));
+        }
+        let mut kept = 0;
+        for mut drain in drains {
+            drain.ended().await;
+            kept += drain.take().len();
+        }
+        assert_eq!(kept, 10_000);
+        for writer in writers {
+            writer.join().unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_pipe_that_stays_open_keeps_nobody() {
+        let (read, write) = fd::pipe().unwrap();
+        let mut file = std::fs::File::from(write);
+        file.write_all(b"early").unwrap();
+        let mut drained = drain(read, &Arc::new(AtomicUsize::new(100))).unwrap();
+        assert!(timeout(Duration::from_millis(50), drained.ended()).await.is_err());
+        assert_eq!(drained.take(), b"early");
+    }
+}

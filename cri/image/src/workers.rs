@@ -1,0 +1,138 @@
+//! The daemon's side of the worker processes: starting them, what they are given, and their end.
+//!
+//! A worker gets its descriptors at fixed numbers from 3 on, nothing else, and no environment. It is killed when its
+//! handle is dropped; nothing that it leaves behind is visible to anyone.
+
+use std::ffi::{CString, OsStr};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use coracle_kernel::exec::{Program, Spawn};
+use coracle_kernel::signal::Signal;
+use coracle_kernel::wait::{self, Id, Status};
+use coracle_kernel::{Error as KernelError, pidfd};
+
+/// What a worker process is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Talks to registries: network, no files.
+    Fetch,
+    /// Parses manifests and configurations: neither network nor files.
+    Parse,
+    /// Unpacks one layer: one directory, no network.
+    Unpack,
+}
+
+/// How workers are started.
+#[derive(Debug)]
+pub struct Workers {
+    /// The daemon's own program.
+    program: CString,
+    /// Arguments in front of the role's name.
+    args: Vec<CString>,
+    /// The cgroup v2 directory that they are born in.
+    pub cgroup: Option<OwnedFd>,
+    /// `cgroup.procs` files of v1 hierarchies that they write themselves to.
+    pub cgroup_procs: Vec<OwnedFd>,
+}
+
+/// A running worker; killed and reaped on drop.
+#[derive(Debug)]
+pub struct Worker {
+    pidfd: OwnedFd,
+    reaped: bool,
+}
+
+impl Role {
+    /// The word on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Fetch => "fetch",
+            Role::Parse => "parse",
+            Role::Unpack => "unpack",
+        }
+    }
+
+    /// The role of that name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Role> {
+        [Role::Fetch, Role::Parse, Role::Unpack]
+            .into_iter()
+            .find(|role| role.name() == name)
+    }
+}
+
+impl Workers {
+    /// Workers that are `program worker <role>`; the daemon gives `/proc/self/exe`.
+    #[must_use]
+    pub fn new(program: &Path) -> Workers {
+        Workers::with_args(program, &["coracled", "worker"])
+    }
+
+    /// Workers that are `program` with these arguments (its name first) and then the role.
+    #[must_use]
+    pub fn with_args(program: &Path, args: &[&str]) -> Workers {
+        // A NUL cannot be in a path that exists, nor in a literal.
+        let text = |text: &OsStr| CString::new(text.as_bytes()).unwrap_or_default();
+        Workers {
+            program: text(program.as_os_str()),
+            args: args.iter().map(|arg| text(OsStr::new(arg))).collect(),
+            cgroup: None,
+            cgroup_procs: Vec::new(),
+        }
+    }
+
+    /// Starts a worker with these descriptors at 3, 4 and so on.
+    pub fn start(&self, role: Role, fds: &[BorrowedFd<'_>]) -> Result<Worker, KernelError> {
+        let mut args = self.args.clone();
+        args.push(CString::new(role.name()).unwrap_or_default());
+        let stderr = std::io::stderr();
+        let mut numbered: Vec<_> = fds.iter().copied().zip(3..).collect();
+        // What a worker has to say beside its answer (a panic) belongs in the daemon's log.
+        numbered.push((stderr.as_fd(), 2));
+        let procs: Vec<_> = self.cgroup_procs.iter().map(|procs| procs.as_fd()).collect();
+        let child = Spawn {
+            fds: &numbered,
+            cgroup: self.cgroup.as_ref().map(|cgroup| cgroup.as_fd()),
+            cgroup_procs: &procs,
+            new_session: true,
+            ..Spawn::new(Program::Path(&self.program), &args)
+        }
+        .spawn()?;
+        Ok(Worker {
+            pidfd: child.pidfd,
+            reaped: false,
+        })
+    }
+}
+
+impl Worker {
+    /// A descriptor of the process: for killing it from elsewhere.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Kills it; [`Worker::wait`] or the drop reaps it.
+    pub fn kill(&self) {
+        // It may have ended by itself.
+        let _ = pidfd::send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// Waits for its end and reaps it. Blocks: not in an async task.
+    pub fn wait(mut self) -> Result<Status, KernelError> {
+        self.reaped = true;
+        wait::wait(Id::Pidfd(self.pidfd.as_fd())).map(|exit| exit.status)
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if !self.reaped {
+            self.kill();
+            // It is dying, so this ends soon; a worker stuck in the kernel's disk code would hold a blocking thread.
+            let _ = wait::wait(Id::Pidfd(self.pidfd.as_fd()));
+        }
+    }
+}

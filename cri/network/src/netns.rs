@@ -1,0 +1,170 @@
+//! Namespaces that live on without a process: bind-mounted onto files below `/run/netns`.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use coracle_kernel::mount;
+use coracle_kernel::mount_old;
+use coracle_kernel::namespace::{self, Kind, Kinds};
+use coracle_kernel::path;
+use coracle_kernel::procfs::Procfs;
+use coracle_kernel::{Errno, Error as KernelError};
+
+use crate::rtnl::{LinkEvents, Rtnl};
+use crate::{Result, step};
+
+/// Most entries of the directory; every pod of every runtime on the host has one.
+const ENTRIES_MAX: usize = 1 << 16;
+/// Most mounts on one file; more than one there is only by someone's mistake.
+const MOUNTS_MAX: usize = 16;
+
+/// The pinned namespaces of one instance.
+#[derive(Debug)]
+pub(crate) struct Pins {
+    dir: PathBuf,
+    prefix: String,
+}
+
+/// A new namespace, and route sockets in it.
+pub(crate) struct Fresh {
+    pub(crate) namespace: OwnedFd,
+    pub(crate) rtnl: Rtnl,
+    pub(crate) events: LinkEvents,
+}
+
+impl Pins {
+    pub(crate) fn new(dir: impl Into<PathBuf>, instance: &str) -> Pins {
+        Pins {
+            dir: dir.into(),
+            prefix: format!("coracle-{instance}-"),
+        }
+    }
+
+    /// Where the namespace of `pod` is pinned.
+    pub(crate) fn path(&self, pod: &str) -> PathBuf {
+        self.dir.join(self.name(pod))
+    }
+
+    /// Makes a namespace and pins it.
+    pub(crate) fn make(&self, pod: &str, sysctls: &BTreeMap<String, String>) -> Result<Fresh> {
+        let fresh = make(sysctls).map_err(step("make the pod's network namespace"))?;
+        self.pin(pod, &fresh.namespace)
+            .map_err(step("pin the pod's network namespace"))?;
+        Ok(fresh)
+    }
+
+    /// The pinned namespace of `pod`; none if there is no file, or nothing on it.
+    pub(crate) fn open(&self, pod: &str) -> Result<Option<OwnedFd>> {
+        match namespace::open(self.path(pod), Kind::Network) {
+            Ok(namespace) => Ok(Some(namespace)),
+            Err(error) if matches!(error.errno(), Errno::ENOENT | Errno::EINVAL) => Ok(None),
+            Err(error) => Err(step("open the pod's network namespace")(error)),
+        }
+    }
+
+    /// Unpins the namespace of `pod`; it goes with its last process.
+    pub(crate) fn remove(&self, pod: &str) -> Result<()> {
+        let failed = step("unpin the pod's network namespace");
+        self.unpin(pod).map_err(failed)
+    }
+
+    /// Pods of this instance that have a file.
+    pub(crate) fn list(&self) -> Result<Vec<String>> {
+        let failed = step("list pinned network namespaces");
+        let dir = match path::open_dir(&self.dir) {
+            Ok(dir) => dir,
+            Err(error) if error.errno() == Errno::ENOENT => return Ok(Vec::new()),
+            Err(error) => return Err(failed(error)),
+        };
+        let entries = path::list_dir(dir, ENTRIES_MAX).map_err(failed)?;
+        let pod = |name: &str| name.strip_prefix(&self.prefix).map(str::to_owned);
+        Ok(entries
+            .iter()
+            .filter_map(|(name, _)| pod(name.to_str()?))
+            .collect())
+    }
+
+    fn name(&self, pod: &str) -> String {
+        format!("{}{pod}", self.prefix)
+    }
+
+    fn pin(&self, pod: &str, namespace: &OwnedFd) -> Result<(), KernelError> {
+        let dir = match path::open_dir(&self.dir) {
+            Ok(dir) => dir,
+            Err(error) if error.errno() == Errno::ENOENT => {
+                std::fs::create_dir_all(&self.dir)
+                    .map_err(|error| KernelError::from_io("mkdir", format!("{:?}", self.dir), &error))?;
+                path::open_dir(&self.dir)?
+            }
+            Err(error) => return Err(error),
+        };
+        let file = path::create_file_at(dir, self.name(pod), 0o444)?;
+        mount_old::bind(namespace, file, false)
+    }
+
+    fn unpin(&self, pod: &str) -> Result<(), KernelError> {
+        let file = self.path(pod);
+        for _ in 0..MOUNTS_MAX {
+            match mount::detach(&file) {
+                Ok(()) => {}
+                // Nothing is mounted on it, or there is no file.
+                Err(error) if matches!(error.errno(), Errno::EINVAL | Errno::ENOENT) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        let dir = match path::open_dir(&self.dir) {
+            Ok(dir) => dir,
+            Err(error) if error.errno() == Errno::ENOENT => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        match path::unlink(dir, self.name(pod)) {
+            Err(error) if error.errno() != Errno::ENOENT => Err(error),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Runs `act` in a thread of its own that is in `namespace`: a thread that changed its namespace is of no use to
+/// anybody afterwards.
+#[cfg(test)]
+pub(crate) fn inside<T: Send>(namespace: &OwnedFd, act: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            namespace::enter(namespace, Kind::Network).unwrap();
+            act()
+        });
+        thread.join().unwrap()
+    })
+}
+
+/// Makes a namespace in a thread that ends with it. The socket stays in it: it belongs to the namespace of the thread
+/// that opened it.
+fn make(sysctls: &BTreeMap<String, String>) -> Result<Fresh, KernelError> {
+    let make = || {
+        namespace::unshare(Kinds::NETWORK)?;
+        let namespace = namespace::open_own(Kind::Network)?;
+        // /proc/sys/net is that of the thread that looks.
+        let proc = Procfs::visible()?;
+        for (name, value) in sysctls {
+            proc.sysctl(name, value)?;
+        }
+        Ok(Fresh {
+            namespace,
+            rtnl: Rtnl::open()?,
+            events: LinkEvents::open()?,
+        })
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .name("netns".to_owned())
+            .spawn_scoped(scope, make);
+        match thread
+            .map_err(|error| KernelError::from_io("clone", "netns thread", &error))?
+            .join()
+        {
+            Ok(made) => made,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}

@@ -1,0 +1,447 @@
+//! Links, addresses and routes by rtnetlink: one request, its answer, no background.
+//!
+//! A socket belongs to the network namespace of the thread that opened it, whatever becomes of that thread.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use coracle_kernel::epoll::{Interest, wait_one};
+use coracle_kernel::{Errno, Error, Result, fd};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
+};
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State,
+};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::protocols::NETLINK_ROUTE;
+
+use crate::pool::Subnet;
+
+/// The kernel sends no datagram larger than this.
+pub(crate) const RECEIVE_BYTES: usize = 64 << 10;
+/// Links that one dump tells of at most.
+const LINKS_MAX: usize = 1 << 16;
+/// `RTNLGRP_LINK`.
+const LINK_GROUP: u32 = 1;
+/// The loopback device's index in every namespace.
+const LOOPBACK: u32 = 1;
+
+/// A blocking rtnetlink socket.
+pub(crate) struct Rtnl {
+    socket: netlink_sys::Socket,
+    sequence: u32,
+}
+
+/// Wakes whenever a link of its namespace changes.
+pub(crate) struct LinkEvents(netlink_sys::Socket);
+
+/// A veth pair to be made: one end here, the other one in another namespace.
+pub(crate) struct Pair<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) alias: String,
+    pub(crate) mtu: u32,
+    pub(crate) peer: &'a str,
+    pub(crate) peer_namespace: BorrowedFd<'a>,
+}
+
+impl Rtnl {
+    pub(crate) fn open() -> Result<Rtnl> {
+        Ok(Rtnl {
+            socket: open_socket(NETLINK_ROUTE)?,
+            sequence: 0,
+        })
+    }
+
+    /// Waits until a link can send: until its carrier, which the kernel notices in the background, has been taken
+    /// account of. What is sent before is lost, and comes again a second later.
+    pub(crate) fn wait_operational(
+        &mut self,
+        index: u32,
+        events: &LinkEvents,
+        timeout: Duration,
+    ) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        let what = || format!("RTM_GETLINK {index}");
+        loop {
+            let mut message = LinkMessage::default();
+            message.header.index = index;
+            let links = self.request(RouteNetlinkMessage::GetLink(message), 0, what)?;
+            let up = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::OperState(State::Up));
+            if links.iter().any(|link| match link {
+                RouteNetlinkMessage::NewLink(link) => link.attributes.iter().any(up),
+                _ => false,
+            }) {
+                return Ok(());
+            }
+            // A change between the answer and here is waiting in the events' socket already.
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::new(
+                    "netlink",
+                    format!("{}, not up", what()),
+                    Errno::ETIMEDOUT,
+                ));
+            }
+            wait_one(&events.0, Interest::READ, Some(left))?;
+            events.clear();
+        }
+    }
+
+    /// Index of the link; none if there is none of that name.
+    pub(crate) fn link_index(&mut self, name: &str) -> Result<Option<u32>> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        let answer = self.request(RouteNetlinkMessage::GetLink(message), 0, || {
+            format!("RTM_GETLINK {name}")
+        });
+        match answer {
+            Ok(links) => Ok(links.into_iter().find_map(|link| match link {
+                RouteNetlinkMessage::NewLink(link) => Some(link.header.index),
+                _ => None,
+            })),
+            Err(error) if error.errno() == Errno::ENODEV => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes a bridge with a hardware address of its own, or the first port's would be the bridge's and change with
+    /// it. False if there is a link of that name already.
+    pub(crate) fn create_bridge(&mut self, name: &str, hardware: [u8; 6], mtu: u32) -> Result<bool> {
+        let mut message = LinkMessage::default();
+        message.attributes = vec![
+            LinkAttribute::IfName(name.to_owned()),
+            LinkAttribute::Mtu(mtu),
+            LinkAttribute::Address(hardware.into()),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge)]),
+        ];
+        match self.create(RouteNetlinkMessage::NewLink(message), || {
+            format!("RTM_NEWLINK {name} bridge")
+        }) {
+            Ok(()) => Ok(true),
+            Err(error) if error.errno() == Errno::EEXIST => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes a pair.
+    pub(crate) fn create_pair(&mut self, pair: &Pair<'_>) -> Result<()> {
+        let mut peer = LinkMessage::default();
+        peer.attributes = vec![
+            LinkAttribute::IfName(pair.peer.to_owned()),
+            LinkAttribute::Mtu(pair.mtu),
+            LinkAttribute::NetNsFd(fd::number(pair.peer_namespace)),
+        ];
+        let mut message = LinkMessage::default();
+        message.attributes = vec![
+            LinkAttribute::IfName(pair.name.to_owned()),
+            LinkAttribute::Mtu(pair.mtu),
+            LinkAttribute::LinkInfo(vec![
+                LinkInfo::Kind(InfoKind::Veth),
+                LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
+            ]),
+        ];
+        self.create(RouteNetlinkMessage::NewLink(message), || {
+            format!("RTM_NEWLINK {} veth, peer {}", pair.name, pair.peer)
+        })?;
+        let mut message = LinkMessage::default();
+        message.attributes = vec![
+            LinkAttribute::IfName(pair.name.to_owned()),
+            LinkAttribute::IfAlias(pair.alias.clone()),
+        ];
+        self.act(RouteNetlinkMessage::SetLink(message), || {
+            format!("RTM_SETLINK {}, alias", pair.name)
+        })
+    }
+
+    /// Brings the loopback device up, and with it 127.0.0.1 and ::1.
+    pub(crate) fn loopback_up(&mut self) -> Result<()> {
+        self.up(LOOPBACK)
+    }
+
+    /// Brings a link up.
+    pub(crate) fn up(&mut self, index: u32) -> Result<()> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.header.flags = LinkFlags::Up;
+        message.header.change_mask = LinkFlags::Up;
+        self.act(RouteNetlinkMessage::SetLink(message), || {
+            format!("RTM_SETLINK {index}, up")
+        })
+    }
+
+    /// Makes a link a port of a bridge.
+    pub(crate) fn set_bridge(&mut self, index: u32, bridge: u32) -> Result<()> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.attributes.push(LinkAttribute::Controller(bridge));
+        self.act(RouteNetlinkMessage::SetLink(message), || {
+            format!("RTM_SETLINK {index}, master {bridge}")
+        })
+    }
+
+    /// Removes a link; false if there was none.
+    pub(crate) fn delete_link(&mut self, name: &str) -> Result<bool> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        match self.act(RouteNetlinkMessage::DelLink(message), || {
+            format!("RTM_DELLINK {name}")
+        }) {
+            Ok(()) => Ok(true),
+            Err(error) if error.errno() == Errno::ENODEV => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Names of a bridge's ports.
+    pub(crate) fn ports(&mut self, bridge: u32) -> Result<Vec<String>> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::Controller(bridge));
+        let links = self.request(RouteNetlinkMessage::GetLink(message), NLM_F_DUMP, || {
+            "RTM_GETLINK, all".into()
+        })?;
+        let mut ports = Vec::new();
+        for link in links {
+            let RouteNetlinkMessage::NewLink(link) = link else {
+                continue;
+            };
+            // Kernels that do not filter tell of every link.
+            let ours = |attribute: &LinkAttribute| matches!(attribute, LinkAttribute::Controller(index) if *index == bridge);
+            if link.attributes.iter().any(ours) {
+                ports.extend(link.attributes.into_iter().find_map(|attribute| match attribute {
+                    LinkAttribute::IfName(name) => Some(name),
+                    _ => None,
+                }));
+            }
+        }
+        Ok(ports)
+    }
+
+    /// Gives a link an address; one that it has is no error.
+    pub(crate) fn add_address(&mut self, index: u32, address: Ipv4Addr, subnet: Subnet) -> Result<()> {
+        let mut message = AddressMessage::default();
+        message.header.family = AddressFamily::Inet;
+        message.header.prefix_len = subnet.prefix();
+        message.header.index = index;
+        message.attributes = vec![
+            AddressAttribute::Local(IpAddr::V4(address)),
+            AddressAttribute::Address(IpAddr::V4(address)),
+            AddressAttribute::Broadcast(subnet.broadcast()),
+        ];
+        let what = || format!("RTM_NEWADDR {address}/{} on {index}", subnet.prefix());
+        match self.create(RouteNetlinkMessage::NewAddress(message), what) {
+            Err(error) if error.errno() != Errno::EEXIST => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// The default route through `gateway`.
+    pub(crate) fn add_default_route(&mut self, gateway: Ipv4Addr, index: u32) -> Result<()> {
+        let mut message = RouteMessage::default();
+        message.header = RouteHeader {
+            address_family: AddressFamily::Inet,
+            table: RouteHeader::RT_TABLE_MAIN,
+            protocol: RouteProtocol::Static,
+            scope: RouteScope::Universe,
+            kind: RouteType::Unicast,
+            ..RouteHeader::default()
+        };
+        message.attributes = vec![
+            RouteAttribute::Gateway(RouteAddress::Inet(gateway)),
+            RouteAttribute::Oif(index),
+        ];
+        self.create(RouteNetlinkMessage::NewRoute(message), || {
+            format!("RTM_NEWROUTE default via {gateway}")
+        })
+    }
+
+    /// Destinations of the main table's unicast routes, with the link that each leads to; the default route left out.
+    pub(crate) fn routes(&mut self) -> Result<Vec<(Subnet, Option<u32>)>> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = AddressFamily::Inet;
+        let routes = self.request(RouteNetlinkMessage::GetRoute(message), NLM_F_DUMP, || {
+            "RTM_GETROUTE, all".into()
+        })?;
+        let mut found = Vec::new();
+        for route in routes {
+            let RouteNetlinkMessage::NewRoute(route) = route else {
+                continue;
+            };
+            if route.header.table != RouteHeader::RT_TABLE_MAIN || route.header.kind != RouteType::Unicast {
+                continue;
+            }
+            let mut destination = None;
+            let mut link = None;
+            for attribute in route.attributes {
+                match attribute {
+                    RouteAttribute::Destination(RouteAddress::Inet(address)) => destination = Some(address),
+                    RouteAttribute::Oif(index) => link = Some(index),
+                    _ => {}
+                }
+            }
+            if let Some(destination) = destination {
+                found.push((
+                    Subnet::of(destination, route.header.destination_prefix_length),
+                    link,
+                ));
+            }
+        }
+        Ok(found)
+    }
+
+    fn create(&mut self, message: RouteNetlinkMessage, what: impl Fn() -> String) -> Result<()> {
+        self.request(message, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, what)
+            .map(drop)
+    }
+
+    fn act(&mut self, message: RouteNetlinkMessage, what: impl Fn() -> String) -> Result<()> {
+        self.request(message, NLM_F_ACK, what).map(drop)
+    }
+
+    /// Sends one request and reads until its answer is complete.
+    fn request(
+        &mut self,
+        message: RouteNetlinkMessage,
+        flags: u16,
+        what: impl Fn() -> String,
+    ) -> Result<Vec<RouteNetlinkMessage>> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | flags;
+        header.sequence_number = self.sequence;
+        let mut request = NetlinkMessage::new(header, NetlinkPayload::from(message));
+        request.finalize();
+        let mut bytes = vec![0; request.buffer_len()];
+        request.serialize(&mut bytes);
+        send(&self.socket, &bytes, &what)?;
+
+        let mut answers = Vec::new();
+        let mut buffer = Vec::with_capacity(RECEIVE_BYTES);
+        loop {
+            receive(&self.socket, &mut buffer, &what)?;
+            for message in messages::<RouteNetlinkMessage>(&buffer, &what) {
+                let message = match message {
+                    // What a newer kernel says of one link or route must not hide the others.
+                    Err(_) if flags & NLM_F_DUMP != 0 => continue,
+                    other => other?,
+                };
+                if message.header.sequence_number != self.sequence {
+                    continue;
+                }
+                match message.payload {
+                    NetlinkPayload::Done(_) => return Ok(answers),
+                    NetlinkPayload::Error(error) => return ended(error.raw_code(), &what).map(|()| answers),
+                    NetlinkPayload::InnerMessage(answer) => answers.push(answer),
+                    _ => {}
+                }
+                if answers.len() > LINKS_MAX {
+                    return Err(Error::new("netlink", what(), Errno::E2BIG));
+                }
+                // A single answer comes without an end mark unless one was asked for.
+                if flags & (NLM_F_DUMP | NLM_F_ACK) == 0 && !answers.is_empty() {
+                    return Ok(answers);
+                }
+            }
+        }
+    }
+}
+
+impl LinkEvents {
+    pub(crate) fn open() -> Result<LinkEvents> {
+        let failed =
+            |call| move |error: std::io::Error| Error::from_io(call, "netlink, RTNLGRP_LINK", &error);
+        let mut socket = netlink_sys::Socket::new(NETLINK_ROUTE).map_err(failed("socket"))?;
+        socket.bind_auto().map_err(failed("bind"))?;
+        socket.set_non_blocking(true).map_err(failed("fcntl"))?;
+        socket.add_membership(LINK_GROUP).map_err(failed("setsockopt"))?;
+        Ok(LinkEvents(socket))
+    }
+
+    /// Takes what has come; what it says is asked again anyway, so one that was dropped is no loss.
+    fn clear(&self) {
+        let mut buffer = Vec::with_capacity(RECEIVE_BYTES);
+        loop {
+            buffer.clear();
+            match self.0.recv(&mut buffer, 0) {
+                // Overrun: the rest is still there.
+                Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS.raw()) => {}
+                Err(_) => return,
+                Ok(_) => {}
+            }
+        }
+    }
+}
+
+/// A blocking socket that talks to the kernel alone.
+pub(crate) fn open_socket(protocol: isize) -> Result<netlink_sys::Socket> {
+    let failed =
+        |call| move |error: std::io::Error| Error::from_io(call, format!("netlink {protocol}"), &error);
+    let mut socket = netlink_sys::Socket::new(protocol).map_err(failed("socket"))?;
+    socket.bind_auto().map_err(failed("bind"))?;
+    socket
+        .connect(&netlink_sys::SocketAddr::new(0, 0))
+        .map_err(failed("connect"))?;
+    Ok(socket)
+}
+
+pub(crate) fn send(socket: &netlink_sys::Socket, bytes: &[u8], what: &impl Fn() -> String) -> Result<()> {
+    match socket.send(bytes, 0) {
+        Ok(sent) if sent == bytes.len() => Ok(()),
+        Ok(_) => Err(Error::new("send", what(), Errno::EMSGSIZE)),
+        Err(error) => Err(Error::from_io("send", what(), &error)),
+    }
+}
+
+pub(crate) fn receive(
+    socket: &netlink_sys::Socket,
+    buffer: &mut Vec<u8>,
+    what: &impl Fn() -> String,
+) -> Result<()> {
+    loop {
+        buffer.clear();
+        match socket.recv(buffer, 0) {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(Error::from_io("recv", what(), &error)),
+        }
+    }
+}
+
+/// The messages of one datagram.
+pub(crate) fn messages<'a, M: netlink_packet_core::NetlinkDeserializable>(
+    mut bytes: &'a [u8],
+    what: &'a impl Fn() -> String,
+) -> impl Iterator<Item = Result<NetlinkMessage<M>>> + 'a {
+    std::iter::from_fn(move || {
+        if bytes.is_empty() {
+            return None;
+        }
+        let message = NetlinkMessage::<M>::deserialize(bytes);
+        // Messages are padded to four bytes; the length comes first.
+        let length = bytes
+            .first_chunk()
+            .map_or(u32::MAX, |first| u32::from_ne_bytes(*first))
+            .max(16);
+        let length = usize::try_from(length).unwrap_or(usize::MAX).saturating_add(3) & !3;
+        bytes = bytes.get(length..).unwrap_or_default();
+        Some(message.map_err(|_| Error::new("netlink", what(), Errno::EBADMSG)))
+    })
+}
+
+/// The end of an answer: a negative errno, or 0.
+pub(crate) fn ended(code: i32, what: &impl Fn() -> String) -> Result<()> {
+    match code {
+        0 => Ok(()),
+        code => Err(Error::new(
+            "netlink",
+            what(),
+            Errno::from_raw(code.saturating_neg()),
+        )),
+    }
+}

@@ -1,0 +1,171 @@
+//! create + start + delete, run and exec of the OCI runtimes.
+//!
+//! All of them run in one mount namespace in which cgroup2 alone is at `/sys/fs/cgroup`: Debian's crun refuses
+//! hybrid hosts, and so nobody has limits to write.
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use coracle_integration::cell::run as run_command;
+use coracle_integration::daemon::program;
+use coracle_integration::image::busybox_root;
+use serde_json::{Value, json};
+
+use crate::sample::{Row, Sample, print_table};
+
+/// The argument under which the bench starts itself in the namespace.
+pub(crate) const INNER: &str = "oci-in-namespace";
+
+const ROUNDS: usize = 60;
+
+struct Runtime {
+    name: &'static str,
+    program: PathBuf,
+    globals: Vec<String>,
+    bundle: PathBuf,
+}
+
+/// Starts [`measure`] in a mount namespace of its own.
+pub(crate) fn run() -> Result<()> {
+    let scratch = tempfile::Builder::new()
+        .prefix("coracle-bench-")
+        .tempdir_in("/var/tmp")?;
+    let script = "mount -t cgroup2 cgroup2 /sys/fs/cgroup; exec \"$@\"";
+    let status = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-euc", script, "sh"])
+        .arg(std::env::current_exe()?)
+        .arg(INNER)
+        .arg(scratch.path())
+        .status()
+        .context("run unshare")?;
+    ensure!(status.success(), "the measurement failed: {status}");
+    Ok(())
+}
+
+/// Takes the figures; the scratch directory is the caller's to remove.
+pub(crate) fn measure(scratch: &Path) -> Result<()> {
+    let runtimes = runtimes(scratch)?;
+    let mut rows: Vec<Row> = ["create+start+delete", "create", "run", "exec"]
+        .map(|operation| Row {
+            operation,
+            samples: runtimes.iter().map(|r| (r.name, Sample::default())).collect(),
+        })
+        .into();
+    for runtime in &runtimes {
+        runtime.call(&["run", "-d", "long"], &["--bundle", "long"])?;
+    }
+    for round in 0..ROUNDS {
+        for (n, runtime) in runtimes.iter().enumerate() {
+            let id = format!("c{round}");
+            let [lifecycle, create, whole, exec] = rows.as_mut_slice() else {
+                continue;
+            };
+            let (create, lifecycle) = (&mut create.samples[n].1, &mut lifecycle.samples[n].1);
+            lifecycle.time(|| {
+                create.time(|| runtime.call(&["create", &id], &["--bundle", "short"]))?;
+                runtime.call(&["start", &id], &[])?;
+                runtime.call(&["delete", "--force", &id], &[])
+            })?;
+            whole.samples[n]
+                .1
+                .time(|| runtime.call(&["run", &id], &["--bundle", "short"]))?;
+            exec.samples[n]
+                .1
+                .time(|| runtime.call(&["exec", "long", "/bin/true"], &[]))?;
+        }
+    }
+    for runtime in &runtimes {
+        runtime.call(&["delete", "--force", "long"], &[])?;
+    }
+    print_table("OCI runtimes, default seccomp profile, no limits", ROUNDS, &rows);
+    Ok(())
+}
+
+fn runtimes(scratch: &Path) -> Result<Vec<Runtime>> {
+    let root = scratch.join("rootfs");
+    busybox_root(&root)?;
+    let mut found = Vec::new();
+    for (name, variable) in [("coracle", "CORACLE"), ("crun", "CRUN"), ("runc", "RUNC")] {
+        let Some(program) = program(variable) else {
+            continue;
+        };
+        let bundle = scratch.join(name);
+        for (kind, args) in [
+            ("short", json!(["/bin/true"])),
+            ("long", json!(["/bin/sleep", "3600"])),
+        ] {
+            let dir = bundle.join(kind);
+            fs::create_dir_all(&dir)?;
+            fs::write(
+                dir.join("config.json"),
+                config(&program, &root, &args, name == "crun")?.to_string(),
+            )?;
+        }
+        let mut globals = vec![
+            "--root".to_owned(),
+            scratch.join(format!("{name}-state")).display().to_string(),
+        ];
+        if name == "crun" {
+            globals.push("--cgroup-manager=disabled".into());
+        }
+        found.push(Runtime {
+            name,
+            program,
+            globals,
+            bundle,
+        });
+    }
+    ensure!(
+        found.first().is_some_and(|r| r.name == "coracle"),
+        "CORACLE names our own program"
+    );
+    Ok(found)
+}
+
+/// What `spec` writes, with a command, the shared root and the bench's seccomp profile.
+fn config(program: &Path, root: &Path, args: &Value, old: bool) -> Result<Value> {
+    let dir = tempfile::tempdir()?;
+    run_command(Command::new(program).arg("spec").current_dir(dir.path()))?;
+    let mut config: Value = serde_json::from_str(&fs::read_to_string(dir.path().join("config.json"))?)?;
+    config["process"]["args"] = args.clone();
+    config["process"]["terminal"] = json!(false);
+    config["root"]["path"] = json!(root);
+    config["linux"]["seccomp"] = serde_json::from_str(include_str!("seccomp.json"))?;
+    // The bare cgroup2 mount has no controllers: nobody sets limits or a device filter here.
+    config["linux"]
+        .as_object_mut()
+        .context("linux section")?
+        .remove("resources");
+    if old {
+        config["ociVersion"] = json!("1.0.2");
+    }
+    Ok(config)
+}
+
+impl Runtime {
+    /// One command to its end; a failure carries what it printed.
+    fn call(&self, arguments: &[&str], options: &[&str]) -> Result<()> {
+        let log = self.bundle.join("log");
+        let output = File::create(&log)?;
+        let mut command = Command::new(&self.program);
+        command.arg0(self.name).args(&self.globals).arg(arguments[0]);
+        if let ["--bundle", kind] = options {
+            command.arg("--bundle").arg(self.bundle.join(kind));
+        }
+        command
+            .args(&arguments[1..])
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output);
+        let status = command.status().with_context(|| format!("run {command:?}"))?;
+        ensure!(
+            status.success(),
+            "{command:?}: {status}: {}",
+            fs::read_to_string(&log).unwrap_or_default()
+        );
+        Ok(())
+    }
+}

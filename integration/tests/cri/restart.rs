@@ -1,0 +1,305 @@
+//! The daemon dies and comes back; so does the node.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use coracle_integration::{Node, Options, Snapshot, request, stretched};
+use coracle_kernel::mount_old::{self, Flags};
+use coracle_kernel::signal::{self, Signal};
+use coracle_proto::cri::{ContainerState, PodSandboxState, ReopenContainerLogRequest};
+
+use crate::pods::eventually;
+
+crate::tests![
+    pods_live_on,
+    an_exit_while_the_daemon_is_away_is_known_afterwards,
+    no_byte_of_a_log_is_lost,
+    a_clean_shutdown_leaves_the_pods,
+    a_created_container_is_started_by_the_next_daemon,
+    after_a_reboot_nothing_is_ready_and_nothing_is_left,
+    a_second_daemon_on_the_same_root_is_refused,
+    a_lost_database_is_made_good_within_the_boot,
+    with_both_copies_lost_nothing_is_left,
+];
+
+async fn pods_live_on() -> Result<()> {
+    let mut node = Node::with_busybox(Options::default()).await?;
+    let config = request::pod("restart", &node.logs);
+    let pod = node.run_pod(&config).await?;
+    let id = node
+        .run_container(&pod, &request::container("main", "sleep 1000"), &config)
+        .await?;
+    let (pod_before, before) = (node.pod_status(&pod).await?, node.status(&id).await?);
+    for _ in 0..3 {
+        let begun = Instant::now();
+        node.restart().await?;
+        println!("    back after {:.0} ms", begun.elapsed().as_secs_f64() * 1e3);
+        ensure!(
+            node.pod_status(&pod).await? == pod_before,
+            "{:?}",
+            node.pod_status(&pod).await?
+        );
+        ensure!(node.status(&id).await? == before, "{:?}", node.status(&id).await?);
+        ensure!(
+            node.exec(&id, &["echo", "alive"], 10).await?.stdout == b"alive\n",
+            "no exec"
+        );
+        // The pod takes new containers still, and the retry of an old request finds its result.
+        ensure!(node.run_pod(&config).await? == pod, "the request was forgotten");
+    }
+    let more = node
+        .run_container(&pod, &request::container("more", "exit 5"), &config)
+        .await?;
+    ensure!(
+        node.wait_exit(&more, Duration::from_secs(10)).await?.exit_code == 5,
+        "wrong exit code"
+    );
+    node.stop_container(&id, 0).await?;
+    ensure!(
+        node.status(&id).await?.exit_code == 137,
+        "{:?}",
+        node.status(&id).await?
+    );
+    node.finish().await
+}
+
+async fn an_exit_while_the_daemon_is_away_is_known_afterwards() -> Result<()> {
+    let mut node = Node::with_busybox(Options::default()).await?;
+    let config = request::pod("away", &node.logs);
+    let pod = node.run_pod(&config).await?;
+    let script = "while [ ! -e /dev/shm/go ]; do sleep 0.02; done; exit 42";
+    let id = node
+        .run_container(&pod, &request::container("main", script), &config)
+        .await?;
+    let other = node
+        .run_container(&pod, &request::container("other", "sleep 1000"), &config)
+        .await?;
+    node.exec(
+        &other,
+        &["sh", "-c", "(sleep 0.5; touch /dev/shm/go) > /dev/null 2>&1 &"],
+        10,
+    )
+    .await
+    .ok();
+    node.exec(&other, &["touch", "/dev/shm/go"], 10).await?;
+    node.kill()?;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    node.spawn().await?;
+    let status = node.wait_exit(&id, Duration::from_secs(5)).await?;
+    ensure!(status.exit_code == 42 && status.reason == "Error", "{status:?}");
+    ensure!(
+        node.status(&other).await?.state() == ContainerState::ContainerRunning,
+        "the other one ended"
+    );
+    node.finish().await
+}
+
+async fn no_byte_of_a_log_is_lost() -> Result<()> {
+    let mut node = Node::with_busybox(Options::default()).await?;
+    let config = request::pod("log", &node.logs);
+    let pod = node.run_pod(&config).await?;
+    const LINES: usize = 100_000;
+    let id = node
+        .run_container(
+            &pod,
+            &request::container("main", &format!("seq 1 {LINES}; echo over")),
+            &config,
+        )
+        .await?;
+    let status = node.status(&id).await?;
+    node.kill()?;
+    node.wait_log(&status, "over", Duration::from_secs(60)).await.ok();
+    node.spawn().await?;
+    node.wait_exit(&id, Duration::from_secs(30)).await?;
+    let log = std::fs::read_to_string(&status.log_path)?;
+    ensure!(log.lines().count() == LINES + 1, "{} lines", log.lines().count());
+    let request = ReopenContainerLogRequest { container_id: id };
+    ensure!(
+        node.runtime()?.reopen_container_log(request).await.is_err(),
+        "an exited container's log was reopened"
+    );
+    node.finish().await
+}
+
+async fn a_clean_shutdown_leaves_the_pods() -> Result<()> {
+    let mut node = Node::with_busybox(Options::default()).await?;
+    let config = request::pod("clean", &node.logs);
+    let pod = node.run_pod(&config).await?;
+    let id = node
+        .run_container(&pod, &request::container("main", "sleep 1000"), &config)
+        .await?;
+    node.terminate().await?;
+    node.spawn().await?;
+    ensure!(
+        node.status(&id).await?.state() == ContainerState::ContainerRunning,
+        "{:?}",
+        node.status(&id).await?
+    );
+    node.finish().await
+}
+
+async fn a_created_container_is_started_by_the_next_daemon() -> Result<()> {
+    let mut node = Node::with_busybox(Options::default()).await?;
+    let config = request::pod("created", &node.logs);
+    let pod = node.run_pod(&config).await?;
+    let id = node
+        .create(&pod, &request::container("main", "exit 9"), &config)
+        .await?;
+    node.restart().await?;
+    ensure!(
+        node.status(&id).await?.state() == ContainerState::ContainerCreated,
+        "{:?}",
+        node.status(&id).await?
+    );
+    node.start_container(&id).await?;
+    ensure!(
+        node.wait_exit(&id, Duration::from_secs(10)).await?.exit_code == 9,
+        "wrong exit code"
+    );
+    node.finish().await
+}
+
+async fn after_a_reboot_nothing_is_ready_and_nothing_is_left() -> Result<()> {
+    let before = Snapshot::take()?;
+    let mut node = Node::with_busybox(Options::default()).await?;
+    let config = request::pod("reboot", &node.logs);
+    let pod = node.run_pod(&config).await?;
+    let address = node.pod_status(&pod).await?.network.context("no network")?.ip;
+    let id = node
+        .run_container(&pod, &request::container("main", "sleep 1000"), &config)
+        .await?;
+    node.kill()?;
+    power_cut(&node, &before)?;
+    let boot = node.dir.join("boot_id");
+    std::fs::write(&boot, "11111111-2222-3333-4444-555555555555\n")?;
+    let target = Path::new("/proc/sys/kernel/random/boot_id");
+    mount_old::mount_at(
+        &std::ffi::CString::new(boot.to_string_lossy().as_bytes())?,
+        target,
+        c"",
+        Flags::BIND,
+        c"",
+    )?;
+    let rebooted = async {
+        node.spawn().await?;
+        let status = node.pod_status(&pod).await?;
+        ensure!(status.state() == PodSandboxState::SandboxNotready, "{status:?}");
+        let status = node.status(&id).await?;
+        ensure!(
+            status.state() == ContainerState::ContainerExited && status.exit_code != 0,
+            "{status:?}"
+        );
+        let mut next = config.clone();
+        next.metadata.as_mut().context("no metadata")?.attempt = 1;
+        let second = node.run_pod(&next).await?;
+        ensure!(
+            node.pod_status(&second).await?.created_at > node.pod_status(&pod).await?.created_at,
+            "not newer"
+        );
+        // The old address is free again: it is the first one to be given.
+        println!(
+            "    address before {address}, after {}",
+            node.pod_status(&second).await?.network.context("none")?.ip
+        );
+        node.finish().await
+    };
+    let outcome = rebooted.await;
+    coracle_kernel::mount::detach(target)?;
+    outcome
+}
+
+/// What a power cut takes: every process, the state directory, namespaces, links, cgroups.
+fn power_cut(node: &Node, before: &Snapshot) -> Result<()> {
+    for _ in 0..100 {
+        let now = Snapshot::take()?;
+        for process in now.processes.difference(&before.processes) {
+            if let Some(pid) = process.split(' ').next().and_then(|pid| pid.parse().ok()) {
+                let _ = signal::kill(pid, Signal::KILL);
+            }
+        }
+        for cgroup in now
+            .cgroups
+            .difference(&before.cgroups)
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .rev()
+        {
+            let _ = std::fs::remove_dir(cgroup);
+        }
+        for namespace in now.namespaces.difference(&before.namespaces) {
+            let path = Path::new("/run/netns").join(namespace);
+            let _ = coracle_kernel::mount::detach(&path);
+            let _ = std::fs::remove_file(path);
+        }
+        if now.processes == before.processes && now.cgroups == before.cgroups {
+            break;
+        }
+        #[allow(
+            clippy::disallowed_methods,
+            reason = "the oracle looks at /proc, which tells nobody"
+        )]
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    std::fs::remove_dir_all(node.state())?;
+    Ok(())
+}
+
+async fn a_second_daemon_on_the_same_root_is_refused() -> Result<()> {
+    let node = Node::start(Options::default()).await?;
+    let mut second = node.launch()?;
+    let begun = Instant::now();
+    let status = loop {
+        if let Some(status) = second.try_wait()? {
+            break status;
+        }
+        ensure!(
+            begun.elapsed() < stretched(Duration::from_secs(10)),
+            "the second one runs"
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    ensure!(!status.success(), "{status}");
+    node.pod_ids().await?;
+    node.finish().await
+}
+
+async fn a_lost_database_is_made_good_within_the_boot() -> Result<()> {
+    let mut node = Node::with_busybox(Options::default()).await?;
+    let config = request::pod("damage", &node.logs);
+    let pod = node.run_pod(&config).await?;
+    let id = node
+        .run_container(&pod, &request::container("main", "sleep 1000"), &config)
+        .await?;
+    let (pod_before, before) = (node.pod_status(&pod).await?, node.status(&id).await?);
+    node.kill()?;
+    std::fs::write(node.root().join("meta.db"), b"garbage".repeat(1000))?;
+    node.spawn().await?;
+    ensure!(
+        node.pod_status(&pod).await? == pod_before,
+        "{:?}",
+        node.pod_status(&pod).await?
+    );
+    ensure!(node.status(&id).await? == before, "{:?}", node.status(&id).await?);
+    node.finish().await
+}
+
+async fn with_both_copies_lost_nothing_is_left() -> Result<()> {
+    let mut node = Node::with_busybox(Options::default()).await?;
+    let config = request::pod("lost", &node.logs);
+    let pod = node.run_pod(&config).await?;
+    node.run_container(&pod, &request::container("main", "sleep 1000"), &config)
+        .await?;
+    node.kill()?;
+    std::fs::write(node.root().join("meta.db"), b"garbage".repeat(1000))?;
+    std::fs::remove_file(node.state().join("volatile.db"))?;
+    node.spawn().await?;
+    eventually(async || {
+        let left = coracle_integration::oracle::pod_files(&node.root(), &node.state());
+        ensure!(node.pod_ids().await?.is_empty() && left.is_empty(), "{left:?}");
+        Ok(())
+    })
+    .await?;
+    node.finish().await
+}

@@ -1,0 +1,106 @@
+//! The daemon's own groups: `/coracle/<instance>/monitors/<pod>` and `/coracle/<instance>/workers`.
+//!
+//! Monitors are outside the daemon's unit and outside every pod, so that neither a limit nor the end of one reaches
+//! them; workers have limits of their own.
+
+use std::time::Duration;
+
+use coracle_spec::oci::LinuxResources;
+
+use crate::{Change, DevicePolicy, Error, Host, Location, Manager, Options, Result};
+
+/// The group above all instances.
+const TOP: &str = "coracle";
+
+/// Where the monitor of `pod` is.
+pub fn monitor_location(instance: &str, pod: &str) -> Result<Location> {
+    top(instance)?.child("monitors")?.child(pod)
+}
+
+/// Where image workers are.
+pub fn workers_location(instance: &str) -> Result<Location> {
+    top(instance)?.child("workers")
+}
+
+/// The group at `location`, made where it is missing, with `limits` in force. It may hold processes already, and has no
+/// device rules.
+pub fn make_own(host: &Host, location: &Location, limits: &LinuxResources) -> Result<Box<dyn Manager>> {
+    let options = Options {
+        accounting: false,
+        devices: DevicePolicy::BestEffort,
+    };
+    let mut group = host.manager(location, options)?;
+    if !group.exists() {
+        group.create(limits)?;
+    }
+    group.apply(limits, Change::Update)?;
+    Ok(group)
+}
+
+/// Removes an instance's groups that hold no process; whether none is left.
+///
+/// For the end of the daemon without pods, and for its start after a crash: groups of running monitors stay.
+pub fn remove_own(host: &Host, instance: &str) -> Result<bool> {
+    let mut group = host.manager(&top(instance)?, Options::default())?;
+    if !group.exists() {
+        return Ok(true);
+    }
+    match group.remove(Duration::ZERO) {
+        Ok(()) => {
+            // Shared with other instances: it goes with the last one.
+            host.remove_if_empty(TOP);
+            Ok(true)
+        }
+        Err(Error::Deadline { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn top(instance: &str) -> Result<Location> {
+    Location::absolute(TOP)?.child(instance)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Kind;
+    use crate::testing::{PATIENCE, Shell};
+
+    #[test]
+    fn own_groups_are_kept_while_a_monitor_runs() {
+        let host = Host::detect().unwrap();
+        let instance = format!("coracle-test-{}", std::process::id());
+        let location = monitor_location(&instance, "pod-1").unwrap();
+        let Ok(group) = make_own(&host, &location, &LinuxResources::default()) else {
+            eprintln!("SKIPPED: no right to make a cgroup");
+            return;
+        };
+        if host.kind() == Kind::None || !group.exists() {
+            eprintln!("SKIPPED: no cgroups on this host");
+            return;
+        }
+        let shell = Shell::inside(&*group);
+        assert_eq!(group.pids().unwrap(), [shell.pid()]);
+        make_own(&host, &location, &LinuxResources::default()).unwrap();
+        make_own(
+            &host,
+            &workers_location(&instance).unwrap(),
+            &LinuxResources::default(),
+        )
+        .unwrap();
+
+        assert!(!remove_own(&host, &instance).unwrap());
+        assert!(group.exists());
+        assert!(
+            !host
+                .manager(&workers_location(&instance).unwrap(), Options::default())
+                .unwrap()
+                .exists()
+        );
+        drop(shell);
+        assert!(group.wait_empty(PATIENCE).unwrap());
+        assert!(remove_own(&host, &instance).unwrap());
+        assert!(remove_own(&host, &instance).unwrap());
+        monitor_location("../x", "pod").unwrap_err();
+    }
+}

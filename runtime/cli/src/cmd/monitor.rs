@@ -1,0 +1,11 @@
+//! `monitor`, a role and no command for people: everything it needs to know arrives on descriptor 3.
+
+use std::process::ExitCode;
+
+/// `monitor`
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {}
+
+pub(crate) fn run(_args: &Args) -> anyhow::Result<u8> {
+    Ok(u8::from(coracle_monitor::run() != ExitCode::SUCCESS))
+}

