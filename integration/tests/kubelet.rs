@@ -84,7 +84,9 @@ fn a_pod_lives_through_crashes_and_goes() -> Result<()> {
         Ok(kubelet.pod("life")?.is_none().then_some(()))
     })?;
     // The kubelet lists a static pod no more as soon as its manifest is gone, before it stops it.
-    wait_for("the preStop hook to run", MINUTE, || Ok(host.join("prestop").exists().then_some(())))?;
+    wait_for("the preStop hook to run", MINUTE, || {
+        Ok(host.join("prestop").exists().then_some(()))
+    })?;
     wait_for("the sandbox to be removed", 3 * MINUTE, || {
         Ok(daemon.sandboxes(&cell)?.is_empty().then_some(()))
     })?;

@@ -38,7 +38,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "server",
         &[
-            "engine", "proto", "store", "image", "snapshot", "network", "kernel",
+            "engine", "proto", "store", "image", "snapshot", "network", "cgroup", "kernel",
         ],
     ),
     ("tests", &["kernel"]),
@@ -61,7 +61,8 @@ const GENERATED: [&str; 2] = [
 ];
 
 fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+    // Cargo sets it for the run; what it was at build time may be another checkout.
+    Path::new(&std::env::var_os("CARGO_MANIFEST_DIR").unwrap())
         .parent()
         .unwrap()
         .to_path_buf()

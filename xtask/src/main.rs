@@ -105,7 +105,9 @@ fn run_task() -> Result<bool> {
 
 impl Places {
     fn find() -> Result<Self> {
-        let manifest = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+        // Asked for while it runs: a target folder that several checkouts use may hold a program built in another.
+        let manifest =
+            PathBuf::from(std::env::var_os("CARGO_MANIFEST_DIR").context("run this as cargo xtask")?);
         let repository = manifest
             .parent()
             .context("xtask lies in the checkout")?

@@ -1,7 +1,7 @@
 //! Named steps at which a test build can be made to die, fail or wait.
 //!
 //! `CORACLE_FAILPOINT=<step>=<abort|error|delay:<ms>>[,…]` arms them when the cargo feature `failpoints` is on.
-//! Without the feature [`reach`] is nothing.
+//! Without the feature `reach` is nothing.
 
 /// Every step, in the order in which a pod's life passes them: the crash tests walk this list.
 pub const STEPS: &[&str] = &[

@@ -163,7 +163,7 @@ mod tests {
             let error = PodIdentity::of(Some(&bad)).unwrap_err();
             assert!(error.to_string().starts_with("config.metadata.name: "), "{error}");
         }
-        assert!(PodIdentity::of(None).is_err());
+        PodIdentity::of(None).unwrap_err();
     }
 
     #[test]

@@ -254,7 +254,7 @@ async fn step(pod: &PodHandle, old_boot: bool) -> Result<()> {
                 .filter(|container| container.record.is_alive())
             {
                 pod.edit_container(&container.record.id, |record| {
-                    container::record_exit(record, rebooted())
+                    container::record_exit(record, rebooted());
                 })
                 .await?;
             }

@@ -4,7 +4,7 @@
 //! made new and never opened by name again, and owner, mode, attributes and times are set on what was made. A parent
 //! that is a symlink *of this layer* is followed inside the layer, as every peer does; lower layers are not known here.
 //!
-//! What the archive leaves open is reported, not guessed: see [`Report`].
+//! What the archive leaves open is reported, not guessed: see [`Applied`].
 
 mod links;
 mod parents;

@@ -59,7 +59,7 @@ fn fetch_main() -> Result<(), WorkerError> {
     let setup = fetch::receive_setup(&socket).map_err(|error| WorkerError::Fetch(error.to_string()))?;
     let runtime = fetch::runtime().map_err(WorkerError::Daemon)?;
     confine(Keep::Network(setup.uid)).map_err(WorkerError::Confine)?;
-    fetch::serve(runtime, socket, setup).map_err(|error| WorkerError::Fetch(error.to_string()))
+    fetch::serve(&runtime, socket, setup).map_err(|error| WorkerError::Fetch(error.to_string()))
 }
 
 fn parse_main() -> Result<(), WorkerError> {

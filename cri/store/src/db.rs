@@ -173,6 +173,9 @@ pub struct Commit(oneshot::Receiver<Result<(), CommitError>>);
 
 pub(crate) type Rows = Vec<(String, Vec<u8>)>;
 
+/// One commit that waits: its operations, and who is told.
+type Write = (Vec<Op>, oneshot::Sender<Result<(), CommitError>>);
+
 enum Job {
     Write {
         ops: Vec<Op>,
@@ -282,7 +285,7 @@ impl Store {
                 db: Some(db),
                 reopen: Box::new(reopen),
             }
-            .run(&queue)
+            .run(&queue);
         })?;
         Ok(Store { jobs })
     }
@@ -350,7 +353,7 @@ impl Writer {
         }
     }
 
-    fn write_group(&mut self, group: Vec<(Vec<Op>, oneshot::Sender<Result<(), CommitError>>)>) {
+    fn write_group(&mut self, group: Vec<Write>) {
         if group.is_empty() {
             return;
         }

@@ -1,36 +1,27 @@
 //! Containers: their life, their ends, what their program finds.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use coracle_integration::image::ImageSpec;
-use coracle_integration::{Node, Options, request, stretched};
+use coracle_integration::{Node, Options, request};
 use coracle_proto::cri::{
-    ContainerConfig, ContainerFilter, ContainerState, ContainerStateValue, Int64Value, KeyValue,
-    LinuxContainerSecurityContext, ListContainerStatsRequest, ListContainersRequest, Mount,
-    ReopenContainerLogRequest, Signal,
+    ContainerConfig, ContainerState, Int64Value, KeyValue, LinuxContainerSecurityContext, Mount,
 };
 use serde_json::json;
 
-use crate::pods::{eventually, join_all};
+use crate::support::join_all;
 
 crate::tests![
     life_of_a_container,
     the_same_request_joins_or_gets_the_result,
     a_program_that_is_not_there,
     exit_codes_and_reasons,
-    stop_with_and_without_a_handler,
-    a_shorter_stop_overtakes_a_longer_one,
-    three_stubborn_containers_take_one_grace_together,
-    the_stop_signal_is_the_one_asked_for,
-    remove_takes_a_running_container_too,
     what_the_program_finds,
     mounts,
     users_and_groups,
     out_of_memory,
     a_stopped_pod_takes_no_container,
-    stats,
-    filters,
 ];
 
 async fn life_of_a_container() -> Result<()> {
@@ -189,180 +180,6 @@ async fn exit_codes_and_reasons() -> Result<()> {
             "{name}: {status:?}"
         );
     }
-    node.finish().await
-}
-
-/// A container whose program ignores SIGTERM, and says when it does.
-fn stubborn(name: &str) -> ContainerConfig {
-    request::container(name, "trap '' TERM; echo ready; while true; do sleep 1; done")
-}
-
-async fn ready(node: &Node, id: &str) -> Result<()> {
-    let status = node.status(id).await?;
-    node.wait_log(&status, "ready", Duration::from_secs(10))
-        .await
-        .map(drop)
-}
-
-async fn stop_with_and_without_a_handler() -> Result<()> {
-    let node = Node::with_busybox(Options::default()).await?;
-    let config = request::pod("stops", &node.logs);
-    let pod = node.run_pod(&config).await?;
-    let polite = request::container(
-        "polite",
-        "trap 'exit 7' TERM; echo ready; while true; do sleep 0.05; done",
-    );
-    let id = node.run_container(&pod, &polite, &config).await?;
-    ready(&node, &id).await?;
-    let begun = Instant::now();
-    node.stop_container(&id, 10).await?;
-    ensure!(
-        begun.elapsed() < stretched(Duration::from_secs(3)),
-        "{:?}",
-        begun.elapsed()
-    );
-    ensure!(
-        node.status(&id).await?.exit_code == 7,
-        "{:?}",
-        node.status(&id).await?
-    );
-
-    let id = node.run_container(&pod, &stubborn("stubborn"), &config).await?;
-    ready(&node, &id).await?;
-    let begun = Instant::now();
-    node.stop_container(&id, 1).await?;
-    let took = begun.elapsed();
-    ensure!(
-        took.as_secs_f64() > 0.9 && took < stretched(Duration::from_secs(3)),
-        "{took:?}"
-    );
-    ensure!(
-        node.status(&id).await?.exit_code == 137,
-        "{:?}",
-        node.status(&id).await?
-    );
-
-    let id = node.run_container(&pod, &stubborn("now"), &config).await?;
-    ready(&node, &id).await?;
-    let begun = Instant::now();
-    node.stop_container(&id, 0).await?;
-    ensure!(
-        begun.elapsed() < stretched(Duration::from_millis(900)),
-        "{:?}",
-        begun.elapsed()
-    );
-    node.finish().await
-}
-
-async fn a_shorter_stop_overtakes_a_longer_one() -> Result<()> {
-    let node = Node::with_busybox(Options::default()).await?;
-    let config = request::pod("overtake", &node.logs);
-    let pod = node.run_pod(&config).await?;
-    let id = node.run_container(&pod, &stubborn("stubborn"), &config).await?;
-    ready(&node, &id).await?;
-    let begun = Instant::now();
-    let late = async {
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        node.stop_container(&id, 1).await
-    };
-    // A longer one does not lengthen it.
-    let later = async {
-        tokio::time::sleep(Duration::from_millis(600)).await;
-        node.stop_container(&id, 100).await
-    };
-    let (first, second, third) = tokio::join!(node.stop_container(&id, 60), late, later);
-    first?;
-    second?;
-    third?;
-    let took = begun.elapsed();
-    ensure!(
-        took.as_secs_f64() > 1.2 && took < stretched(Duration::from_secs(4)),
-        "{took:?}"
-    );
-    node.finish().await
-}
-
-async fn three_stubborn_containers_take_one_grace_together() -> Result<()> {
-    let node = Node::with_busybox(Options::default()).await?;
-    let config = request::pod("stubborn", &node.logs);
-    let pod = node.run_pod(&config).await?;
-    let mut ids = Vec::new();
-    for name in ["a", "b", "c"] {
-        let id = node.run_container(&pod, &stubborn(name), &config).await?;
-        ready(&node, &id).await?;
-        ids.push(id);
-    }
-    const GRACE: i64 = 4;
-    let begun = Instant::now();
-    let stops = join_all(ids.iter().map(|id| node.stop_container(id, GRACE)).collect());
-    let reopen = async {
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        let asked = Instant::now();
-        let request = ReopenContainerLogRequest {
-            container_id: ids[0].clone(),
-        };
-        node.runtime()?.reopen_container_log(request).await?;
-        node.exec(&ids[1], &["true"], 10).await?;
-        ensure!(
-            asked.elapsed() < stretched(Duration::from_secs(1)),
-            "they waited for the stop: {:?}",
-            asked.elapsed()
-        );
-        Ok(())
-    };
-    let (stopped, reopened) = tokio::join!(stops, reopen);
-    stopped?;
-    reopened?;
-    node.stop_pod(&pod).await?;
-    let took = begun.elapsed();
-    ensure!(
-        took < stretched(Duration::from_secs(GRACE as u64 + 2)),
-        "gone after {took:?}, not soon after one grace period"
-    );
-    node.finish().await
-}
-
-async fn the_stop_signal_is_the_one_asked_for() -> Result<()> {
-    let node = Node::with_busybox(Options::default()).await?;
-    let mut image = ImageSpec::busybox("test.local/usr2:latest");
-    image.config["StopSignal"] = json!("SIGUSR2");
-    node.import(&image).await?;
-    let config = request::pod("signals", &node.logs);
-    let pod = node.run_pod(&config).await?;
-    let script = "trap 'exit 11' USR1; trap 'exit 12' USR2; trap 'exit 15' TERM; echo ready; while true; do sleep 0.05; done";
-    for (name, image, signal, code) in [
-        ("request", "test.local/usr2:latest", Signal::Sigusr1, 11),
-        ("image", "test.local/usr2:latest", Signal::RuntimeDefault, 12),
-        ("default", request::BUSYBOX, Signal::RuntimeDefault, 15),
-    ] {
-        let mut container = request::container(name, script);
-        container.image.as_mut().context("no image")?.image = image.into();
-        container.stop_signal = signal.into();
-        let id = node.run_container(&pod, &container, &config).await?;
-        ready(&node, &id).await?;
-        node.stop_container(&id, 20).await?;
-        let status = node.status(&id).await?;
-        ensure!(status.exit_code == code, "{name}: {status:?}");
-    }
-    node.finish().await
-}
-
-async fn remove_takes_a_running_container_too() -> Result<()> {
-    let node = Node::with_busybox(Options::default()).await?;
-    let config = request::pod("remove", &node.logs);
-    let pod = node.run_pod(&config).await?;
-    let running = node
-        .run_container(&pod, &request::container("running", "sleep 1000"), &config)
-        .await?;
-    let created = node
-        .create(&pod, &request::container("created", "sleep 1000"), &config)
-        .await?;
-    node.remove_container(&running).await?;
-    node.remove_container(&created).await?;
-    ensure!(node.container_ids().await?.is_empty(), "they are listed still");
-    // The pod goes on.
-    node.run_container(&pod, &request::container("again", "sleep 1000"), &config)
-        .await?;
     node.finish().await
 }
 
@@ -566,123 +383,5 @@ async fn a_stopped_pod_takes_no_container() -> Result<()> {
         .unwrap_err();
     let absent = absent.downcast_ref::<tonic::Status>().context("not a status")?;
     ensure!(absent.code() == tonic::Code::NotFound, "{absent}");
-    node.finish().await
-}
-
-async fn stats() -> Result<()> {
-    let node = Node::with_busybox(Options::default()).await?;
-    let config = request::pod("stats", &node.logs);
-    let pod = node.run_pod(&config).await?;
-    let busy = request::container(
-        "busy",
-        "dd if=/dev/zero of=/tmp/file bs=1M count=3; while true; do true; done",
-    );
-    let id = node.run_container(&pod, &busy, &config).await?;
-    let stopped = node
-        .create(&pod, &request::container("created", "true"), &config)
-        .await?;
-    eventually(async || {
-        let all = node
-            .runtime()?
-            .list_container_stats(ListContainerStatsRequest::default())
-            .await?
-            .into_inner()
-            .stats;
-        ensure!(all.len() == 1, "only running ones: {all:?}");
-        let stats = &all[0];
-        let attributes = stats.attributes.as_ref().context("no attributes")?;
-        ensure!(
-            attributes.id == id && attributes.id != stopped && attributes.labels == busy.labels,
-            "{attributes:?}"
-        );
-        let cpu = stats.cpu.as_ref().context("no cpu")?;
-        ensure!(
-            cpu.timestamp > 0 && cpu.usage_core_nano_seconds.context("no usage")?.value > 10_000_000,
-            "{cpu:?}"
-        );
-        let memory = stats.memory.as_ref().context("no memory")?;
-        ensure!(
-            memory.working_set_bytes.context("no working set")?.value > 0,
-            "{memory:?}"
-        );
-        let layer = stats.writable_layer.as_ref().context("no writable layer")?;
-        ensure!(layer.timestamp > 0 && layer.used_bytes.is_some(), "{layer:?}");
-        Ok(())
-    })
-    .await?;
-    let one = coracle_proto::cri::ContainerStatsRequest {
-        container_id: id.clone(),
-    };
-    ensure!(
-        node.runtime()?
-            .container_stats(one)
-            .await?
-            .into_inner()
-            .stats
-            .context("none")?
-            .cpu
-            .is_some(),
-        "no cpu"
-    );
-    node.finish().await
-}
-
-async fn filters() -> Result<()> {
-    let node = Node::with_busybox(Options::default()).await?;
-    let config = request::pod("filters", &node.logs);
-    let pod = node.run_pod(&config).await?;
-    let a = node
-        .run_container(&pod, &request::container("a", "sleep 1000"), &config)
-        .await?;
-    let b = node
-        .create(&pod, &request::container("b", "sleep 1000"), &config)
-        .await?;
-    let list = async |filter: ContainerFilter| -> Result<Vec<String>> {
-        let request = ListContainersRequest { filter: Some(filter) };
-        let found = node
-            .runtime()?
-            .list_containers(request)
-            .await?
-            .into_inner()
-            .containers;
-        Ok(found.into_iter().map(|container| container.id).collect())
-    };
-    let state = Some(ContainerStateValue {
-        state: ContainerState::ContainerRunning.into(),
-    });
-    ensure!(
-        list(ContainerFilter {
-            state,
-            ..Default::default()
-        })
-        .await?
-            == [a.clone()],
-        "by state"
-    );
-    let labels = [("container".to_owned(), "b".to_owned())].into();
-    ensure!(
-        list(ContainerFilter {
-            label_selector: labels,
-            ..Default::default()
-        })
-        .await?
-            == [b.clone()],
-        "by label"
-    );
-    let of_pod = ContainerFilter {
-        pod_sandbox_id: pod.clone(),
-        ..Default::default()
-    };
-    ensure!(list(of_pod).await?.len() == 2, "by pod");
-    ensure!(
-        list(ContainerFilter {
-            id: a[..9].into(),
-            ..Default::default()
-        })
-        .await?
-            == [a.clone()],
-        "by id"
-    );
-    ensure!(node.status(&b[..12]).await?.id == b, "by short id");
     node.finish().await
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use coracle_integration::{Node, Options, request, stretched};
 
-use crate::pods::{eventually, join_all};
+use crate::support::{eventually, join_all};
 
 crate::tests![
     output_and_exit_code,

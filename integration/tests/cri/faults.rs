@@ -7,7 +7,7 @@ use coracle_integration::{Node, Options, request, stretched};
 use coracle_kernel::signal::{self, Signal};
 use coracle_proto::cri::{ContainerState, PodSandboxState};
 
-use crate::pods::{eventually, info, join_all};
+use crate::support::{eventually, info, join_all};
 
 crate::tests![
     the_death_of_a_monitor_is_noticed_within_a_second,

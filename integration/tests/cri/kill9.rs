@@ -8,7 +8,7 @@ use coracle_integration::{Node, Options, node, oracle, request};
 use coracle_proto::cri::{ContainerState, PodSandboxState};
 
 use crate::Test;
-use crate::pods::eventually;
+use crate::support::eventually;
 
 /// One test a step and a way of going wrong there.
 pub(crate) fn all() -> Vec<Test> {

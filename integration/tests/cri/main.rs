@@ -3,14 +3,19 @@
 //! It runs as root, in a network and a mount namespace of its own, one test after the other. Around each test the host
 //! is looked at: what a test leaves behind fails it. Words on the command line choose tests by their names.
 
+#![allow(clippy::unwrap_used, reason = "a call that should have failed fails the test")]
+
 mod containers;
 mod exec;
 mod faults;
 mod hostile;
 mod kill9;
+mod lists;
 mod logs;
 mod pods;
 mod restart;
+mod stop;
+mod support;
 
 use std::future::Future;
 use std::path::Path;
@@ -27,10 +32,13 @@ use coracle_kernel::namespace::{self, Kinds};
 /// Names the one test that this process runs.
 const ONE: &str = "CORACLE_IT_ONE";
 
+/// A test on its way.
+type Running = Pin<Box<dyn Future<Output = Result<()>>>>;
+
 /// A test: what it leaves behind is looked for afterwards.
 pub(crate) struct Test {
     name: String,
-    run: Box<dyn Fn() -> Pin<Box<dyn Future<Output = Result<()>>>>>,
+    run: Box<dyn Fn() -> Running>,
 }
 
 /// A list of tests out of async functions.
@@ -46,10 +54,7 @@ pub(crate) use tests;
 
 impl Test {
     /// A test of this name.
-    pub(crate) fn new(
-        name: impl Into<String>,
-        run: impl Fn() -> Pin<Box<dyn Future<Output = Result<()>>>> + 'static,
-    ) -> Test {
+    pub(crate) fn new(name: impl Into<String>, run: impl Fn() -> Running + 'static) -> Test {
         Test {
             name: name.into(),
             run: Box::new(run),
@@ -65,6 +70,8 @@ fn main() -> ExitCode {
     let all = [
         pods::all(),
         containers::all(),
+        stop::all(),
+        lists::all(),
         exec::all(),
         logs::all(),
         hostile::all(),

@@ -10,7 +10,7 @@ use coracle_kernel::mount_old::{self, Flags};
 use coracle_kernel::signal::{self, Signal};
 use coracle_proto::cri::{ContainerState, PodSandboxState, ReopenContainerLogRequest};
 
-use crate::pods::eventually;
+use crate::support::eventually;
 
 crate::tests![
     pods_live_on,

@@ -1,8 +1,8 @@
 //! The operations of an OCI runtime: create, start, exec, kill, delete, state.
 //!
 //! One way through for two callers. The `coracle` command keeps its containers in a [`Store`] and calls
-//! [`create_stored`], [`start_stored`], [`exec_stored`], [`kill`] and [`delete`]; a pod's monitor keeps its own records
-//! and calls what those are made of: [`create`], [`release`], [`exec`].
+//! [`create_stored`], [`start_stored`], [`exec_stored`], [`kill()`] and [`delete()`]; a pod's monitor keeps its own records
+//! and calls what those are made of: [`create()`], [`release`], [`exec()`].
 //!
 //! ```text
 //! create   configuration -> claim and record -> cgroup -> clone -> init set up -> recorded -> waits

@@ -153,7 +153,7 @@ mod tests {
                 nice: 1,
                 ..SchedAttr::default()
             })
-            .unwrap()
+            .unwrap();
         })
         .join()
         .unwrap();

@@ -14,7 +14,7 @@ pub struct Welcome {
     /// Version of the program that it runs.
     #[prost(string, tag = "3")]
     pub program: String,
-    /// Its pod, if [`SetupSandbox`] was done.
+    /// Its pod, if [`SetupSandbox`](crate::SetupSandbox) was done.
     #[prost(message, optional, tag = "4")]
     pub sandbox: Option<Sandbox>,
 }

@@ -17,7 +17,7 @@
 //! holds from then on, or [`Failed`] with [`FailKind::Unsupported`] and closes. Then the daemon sends requests with ids
 //! that grow from frame to frame; the monitor answers each, in any order, with a frame of the same id. A request body
 //! that a monitor does not know is answered [`FailKind::Unsupported`], so a newer daemon finds out what an old one can.
-//! Frames with id 0 are the monitor's [events](Event).
+//! Frames with id 0 are the monitor's events: [`Exited`] and the like.
 //!
 //! Events tell of changes; what they tell stays in the monitor (exits until [`Forget`]), and a daemon that connects
 //! asks for all of it with [`List`]. So no event needs an answer, and a daemon that does not read loses its connection

@@ -320,7 +320,7 @@ mod tests {
             log_directory: "logs".into(),
             ..Default::default()
         };
-        assert!(log_path(&relative, &container("0.log")).is_err());
+        log_path(&relative, &container("0.log")).unwrap_err();
     }
 
     #[test]

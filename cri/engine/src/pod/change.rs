@@ -199,7 +199,7 @@ impl Pod {
             ..
         } = pending;
         if let Err(cause) = outcome {
-            return self.roll_back(row, undo, replies, cause);
+            return self.roll_back(row, undo, replies, &cause);
         }
         self.handle.publish(view);
         for reply in replies {
@@ -233,7 +233,7 @@ impl Pod {
         row: Row,
         undo: Undo,
         replies: Vec<oneshot::Sender<Result<()>>>,
-        cause: CommitError,
+        cause: &CommitError,
     ) {
         error!(pod = self.record.id, error = %cause, "a change was not written");
         if let (Undo::Insist, Row::Container(id)) = (&undo, &row) {

@@ -100,7 +100,7 @@ mod tests {
     async fn a_panic_is_a_failure_and_not_the_end() {
         let (told, heard) = tokio::sync::oneshot::channel();
         let operation = Operation::spawn("fall over", async { panic!("on purpose") }, || {
-            told.send(()).unwrap()
+            told.send(()).unwrap();
         });
         let error = operation.done().await.unwrap_err();
         assert_eq!(

@@ -94,7 +94,7 @@ fn fetch(
         let (ours, theirs) = scm::pair(scm::Kind::Seqpacket, scm::Mode::Blocking).unwrap();
         let worker = std::thread::spawn(move || {
             let setup = receive_setup(&theirs).unwrap();
-            serve(runtime().unwrap(), theirs, setup)
+            serve(&runtime().unwrap(), theirs, setup)
         });
         let fetcher = Fetcher::over(ours, None, &setup).unwrap();
         let (body, outcome) = fetcher.begin(request).await.unwrap().split();

@@ -44,12 +44,12 @@ pub(crate) fn runtime() -> std::io::Result<Runtime> {
 }
 
 /// Serves requests on `socket` until it closes; called after the process has been confined.
-pub(crate) fn serve(runtime: Runtime, socket: OwnedFd, setup: Setup) -> Result<(), Failure> {
+pub(crate) fn serve(runtime: &Runtime, socket: OwnedFd, setup: Setup) -> Result<(), Failure> {
     let broken =
         |e: &dyn std::fmt::Display| Failure::new(FailureKind::Protocol, format!("fetch worker: {e}"));
     fd::set_nonblocking(&socket, true).map_err(|e| broken(&e))?;
     let tasks = tokio::task::LocalSet::new();
-    tasks.block_on(&runtime, async {
+    tasks.block_on(runtime, async {
         let socket = Rc::new(super::watch(socket).map_err(|e| broken(&e))?);
         let servers = Rc::new(Servers::new(setup)?);
         while let Some((request, body)) = receive_request(&socket).await.map_err(|e| broken(&e))? {

@@ -392,8 +392,11 @@ async fn umoci_sees_the_same_root() {
     assert_eq!(tree(&ours), tree(&bundle.join("rootfs")));
 }
 
-/// Everything below a directory: name, kind and mode, owner, time of files, device, content or target.
-fn tree(root: &Path) -> Vec<(String, u32, (u32, u32), i64, u64, Vec<u8>)> {
+/// A file: name, kind and mode, owner, time where it is no directory, device, content or target.
+type Node = (String, u32, (u32, u32), i64, u64, Vec<u8>);
+
+/// Everything below a directory.
+fn tree(root: &Path) -> Vec<Node> {
     let mut entries = Vec::new();
     let mut dirs = vec![root.to_owned()];
     while let Some(dir) = dirs.pop() {

@@ -5,6 +5,7 @@
 // The helpers are test code too, outside of any test function.
 #![allow(clippy::unwrap_used)]
 
+mod faults;
 mod import;
 mod store;
 mod support;

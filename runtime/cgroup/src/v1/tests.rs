@@ -1,3 +1,5 @@
+//! Groups of version 1 on directories that stand for hierarchies.
+
 use std::fs;
 
 use coracle_spec::oci::LinuxResources;

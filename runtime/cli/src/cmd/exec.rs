@@ -143,7 +143,7 @@ fn process(args: &Args, container: &Process, log: &Log) -> anyhow::Result<Proces
     for variable in &args.env {
         match variable.split_once('=') {
             Some((name, _)) if !name.is_empty() && !variable.contains('\0') => {
-                process.env.push(variable.clone())
+                process.env.push(variable.clone());
             }
             _ => bail!("invalid environment variable {variable:?}: it is not NAME=VALUE"),
         }
