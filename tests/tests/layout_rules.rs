@@ -42,7 +42,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("tests", &["kernel"]),
-    ("integration", &["kernel", "proto"]),
+    ("integration", &["kernel", "proto", "seccomp"]),
 ];
 
 /// What makes system calls; one crate of ours may name these.

@@ -262,7 +262,7 @@ fn a_full_disk_is_an_error_and_removal_still_works() {
     let output = std::process::Command::new("unshare")
         .args(["--mount", "--propagation", "private", "--"])
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "store::full_disk", "--ignored", "--nocapture"])
+        .args(["--exact", "faults::full_disk", "--ignored", "--nocapture"])
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);

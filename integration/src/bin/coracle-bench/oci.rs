@@ -12,6 +12,7 @@ use anyhow::{Context, Result, ensure};
 use coracle_integration::cell::run as run_command;
 use coracle_integration::daemon::program;
 use coracle_integration::image::busybox_root;
+use coracle_kernel::caps::Capability;
 use serde_json::{Value, json};
 
 use crate::sample::{Row, Sample, print_table};
@@ -87,6 +88,8 @@ pub(crate) fn measure(scratch: &Path) -> Result<()> {
 fn runtimes(scratch: &Path) -> Result<Vec<Runtime>> {
     let root = scratch.join("rootfs");
     busybox_root(&root)?;
+    let spec = default_spec()?;
+    let profile = default_profile(&spec)?;
     let mut found = Vec::new();
     for (name, variable) in [("coracle", "CORACLE"), ("crun", "CRUN"), ("runc", "RUNC")] {
         let Some(program) = program(variable) else {
@@ -99,10 +102,8 @@ fn runtimes(scratch: &Path) -> Result<Vec<Runtime>> {
         ] {
             let dir = bundle.join(kind);
             fs::create_dir_all(&dir)?;
-            fs::write(
-                dir.join("config.json"),
-                config(&program, &root, &args, name == "crun")?.to_string(),
-            )?;
+            let config = config(&spec, &profile, &root, &args, name == "crun")?;
+            fs::write(dir.join("config.json"), config.to_string())?;
         }
         let mut globals = vec![
             "--root".to_owned(),
@@ -125,15 +126,34 @@ fn runtimes(scratch: &Path) -> Result<Vec<Runtime>> {
     Ok(found)
 }
 
-/// What `spec` writes, with a command, the shared root and the bench's seccomp profile.
-fn config(program: &Path, root: &Path, args: &Value, old: bool) -> Result<Value> {
+/// What our `spec` writes. All three run the same: theirs differ from it in the host name, and ours has one mount more.
+fn default_spec() -> Result<Value> {
+    let program = program("CORACLE").context("CORACLE names our own program")?;
     let dir = tempfile::tempdir()?;
     run_command(Command::new(program).arg("spec").current_dir(dir.path()))?;
-    let mut config: Value = serde_json::from_str(&fs::read_to_string(dir.path().join("config.json"))?)?;
+    Ok(serde_json::from_str(&fs::read_to_string(
+        dir.path().join("config.json"),
+    )?)?)
+}
+
+/// The profile that a pod of ours gets by default, for the capabilities of the configuration.
+fn default_profile(spec: &Value) -> Result<Value> {
+    let bounding = spec["process"]["capabilities"]["bounding"].as_array();
+    let names = bounding.context("the configuration has capabilities")?.iter();
+    let capabilities = names
+        .filter_map(|name| Capability::from_name(name.as_str()?))
+        .fold(0, |set, one| set | 1 << one.number());
+    let profile = coracle_seccomp::default_profile(capabilities, coracle_seccomp::Abi::NATIVE);
+    Ok(serde_json::to_value(profile)?)
+}
+
+/// The configuration with a command, the shared root and the seccomp profile.
+fn config(spec: &Value, profile: &Value, root: &Path, args: &Value, old: bool) -> Result<Value> {
+    let mut config = spec.clone();
     config["process"]["args"] = args.clone();
     config["process"]["terminal"] = json!(false);
     config["root"]["path"] = json!(root);
-    config["linux"]["seccomp"] = serde_json::from_str(include_str!("seccomp.json"))?;
+    config["linux"]["seccomp"] = profile.clone();
     // The bare cgroup2 mount has no controllers: nobody sets limits or a device filter here.
     config["linux"]
         .as_object_mut()

@@ -221,10 +221,14 @@ impl Monitor {
     }
 
     /// How many descriptors the monitor has open.
-    pub(crate) fn open_fds(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.child.pid))
-            .unwrap()
-            .count()
+    pub(crate) fn open_fds(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.child.pid)).unwrap();
+        let targets = entries
+            .flatten()
+            .filter_map(|entry| std::fs::read_link(entry.path()).ok());
+        targets
+            .map(|target| target.to_string_lossy().into_owned())
+            .collect()
     }
 
     fn receive(&mut self, deadline: Instant) {

@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::Case;
 use crate::bundle::{bundle, bundle_with};
 use crate::client::{Monitor, pause};
-use crate::look::{children, eventually, state};
+use crate::look::{children, closed_again, eventually, state};
 
 pub(crate) const ALL: &[Case] = &[
     (
@@ -39,7 +39,7 @@ pub(crate) const ALL: &[Case] = &[
 
 fn what_cannot_be_made_leaves_nothing() {
     let mut monitor = Monitor::begin("bad");
-    let open = monitor.open_fds();
+    let before = monitor.open_fds();
     type Edit = fn(&mut serde_json::Value);
     let cases: [(&str, Edit, FailKind); 4] = [
         (
@@ -97,7 +97,7 @@ fn what_cannot_be_made_leaves_nothing() {
     let mut request = monitor.create_request("c", &monitor.dir);
     request.log_path = "/nonexistent/x.log".into();
     assert_eq!(monitor.refused(request, &[]).errno, Errno::ENOENT.raw());
-    eventually("descriptors are left", || monitor.open_fds() == open);
+    closed_again(&monitor, &before);
     eventually("children are left", || children(monitor.child.pid).is_empty());
 }
 
@@ -216,7 +216,7 @@ fn hostile_frames_end_the_connection_alone() {
     let bundle = bundle(&monitor.dir, "c1", "sleep 1000");
     monitor.create("c1", &bundle);
     monitor.start("c1");
-    let open = monitor.open_fds();
+    let before = monitor.open_fds();
     let null: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
     let place = std::fs::File::open(&monitor.dir).unwrap();
     let mut noise = 1u32;
@@ -236,7 +236,7 @@ fn hostile_frames_end_the_connection_alone() {
     }
     monitor.reconnect();
     assert_eq!(state(&mut monitor, "c1"), Some(ContainerState::Running));
-    eventually("descriptors are left", || monitor.open_fds() == open);
+    closed_again(&monitor, &before);
 }
 
 fn an_upgrade_loses_no_byte() {
@@ -326,7 +326,7 @@ fn a_bad_upgrade_changes_nothing() {
     );
     monitor.create("c1", &bundle);
     monitor.start("c1");
-    let open = monitor.open_fds();
+    let before = monitor.open_fds();
     let loose: OwnedFd = std::fs::File::open("/bin/busybox").unwrap().into();
     assert_eq!(monitor.refused(Upgrade {}, &[&loose]).kind(), FailKind::Invalid);
     let text: OwnedFd = std::fs::File::open("/proc/self/status").unwrap().into();
@@ -334,7 +334,7 @@ fn a_bad_upgrade_changes_nothing() {
     let noise = noise.unwrap_or_else(|_| fd::sealed_memfd(c"noise", b"no program").unwrap());
     let failed = monitor.refused(Upgrade {}, &[&noise]);
     assert!(failed.errno != 0, "{failed:?}");
-    assert_eq!(monitor.open_fds(), open);
+    closed_again(&monitor, &before);
     monitor.reconnect();
     std::fs::write(bundle.join("rootfs/go"), "").unwrap();
     assert_eq!(monitor.exited("c1").exit.exit_code, 0);

@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::Case;
 use crate::bundle::{bundle, bundle_with, process, remove_cgroups, sub_group};
 use crate::client::{Monitor, PATIENCE};
-use crate::look::{eventually, mounts, state, wait_end};
+use crate::look::{closed_again, eventually, mounts, state, wait_end};
 
 pub(crate) const ALL: &[Case] = &[
     ("a_container_lives_and_dies", a_container_lives_and_dies),
@@ -469,6 +469,6 @@ fn many_execs_leave_nothing() {
     let time = run(&mut monitor, rounds);
     let after = monitor.memory_kib("Anonymous:");
     println!("    {time:?} an exec; anonymous memory {memory} KiB before, {after} KiB after");
-    eventually("descriptors are left", || monitor.open_fds() <= fds);
+    closed_again(&monitor, &fds);
     assert!(after <= memory + 64, "{memory} KiB grew to {after} KiB");
 }

@@ -37,6 +37,23 @@ pub(crate) fn eventually(failure: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+/// Waits until the monitor holds no more descriptors than it held before.
+pub(crate) fn closed_again(monitor: &Monitor, before: &[String]) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        // One that was still being closed when they were listed first may be missing now.
+        let now = monitor.open_fds();
+        if now.len() <= before.len() {
+            return;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "descriptors are left: {now:?}, before: {before:?}"
+        );
+        pause(Duration::from_millis(10));
+    }
+}
+
 pub(crate) fn mounts() -> usize {
     std::fs::read_to_string("/proc/self/mountinfo")
         .unwrap()
