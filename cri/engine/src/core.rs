@@ -14,7 +14,6 @@ use coracle_snapshot::Snapshotter;
 use coracle_store::Store;
 use serde_json::json;
 use tokio::sync::Notify;
-use tracing::debug;
 
 use crate::error::{Context as _, Error, Result};
 use crate::pod::PodHandle;
@@ -156,10 +155,6 @@ impl Core {
 
     pub(crate) fn shut_down(&self) {
         self.ending.store(true, Ordering::Relaxed);
-        // Groups of pods that live on hold processes, and stay.
-        if let Err(error) = coracle_cgroup::remove_own(&self.cgroups, &self.instance) {
-            debug!(%error, "the instance's cgroup stays");
-        }
     }
 
     pub(crate) fn check_running(&self) -> Result<()> {

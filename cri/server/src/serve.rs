@@ -37,6 +37,9 @@ const MESSAGE_LIMIT_BYTES: usize = 16 << 20;
 /// How long calls that are under way at shutdown may take to end.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long killed image workers may take to be gone.
+const WORKERS_END: Duration = Duration::from_secs(2);
+
 /// Runs until SIGTERM or SIGINT; pods live on.
 pub(crate) fn serve(flags: &Serve, config: &Config) -> Result<()> {
     let base = Base::open(flags, config)?;
@@ -253,9 +256,15 @@ fn place_workers(workers: &mut Workers, instance: &str) -> Result<()> {
 
 /// A daemon without pods leaves no group behind.
 fn leave_cgroups(instance: &str) {
-    let removed = Host::detect().and_then(|host| coracle_cgroup::remove_own(&host, instance));
-    if let Err(error) = removed {
-        warn!(error = status::chain(&error), "the daemon's own cgroups stay");
+    let removed = Host::detect().and_then(|host| {
+        // Nobody is left who would hear what they bring.
+        coracle_cgroup::end_workers(&host, instance, WORKERS_END)?;
+        coracle_cgroup::remove_own(&host, instance)
+    });
+    match removed {
+        Ok(true) => {}
+        Ok(false) => warn!("the daemon's own cgroups stay: there are processes in them"),
+        Err(error) => warn!(error = status::chain(&error), "the daemon's own cgroups stay"),
     }
 }
 

@@ -37,6 +37,16 @@ pub fn make_own(host: &Host, location: &Location, limits: &LinuxResources) -> Re
     Ok(group)
 }
 
+/// Kills the image workers of an instance; true when none is left within `timeout`.
+pub fn end_workers(host: &Host, instance: &str, timeout: Duration) -> Result<bool> {
+    let group = host.manager(&workers_location(instance)?, Options::default())?;
+    if !group.exists() {
+        return Ok(true);
+    }
+    group.kill(timeout)?;
+    group.wait_empty(timeout)
+}
+
 /// Removes an instance's groups that hold no process; whether none is left.
 ///
 /// For the end of the daemon without pods, and for its start after a crash: groups of running monitors stay.
@@ -97,6 +107,16 @@ mod tests {
                 .unwrap()
                 .exists()
         );
+        let workers = make_own(
+            &host,
+            &workers_location(&instance).unwrap(),
+            &LinuxResources::default(),
+        )
+        .unwrap();
+        let worker = Shell::inside(&*workers);
+        assert!(end_workers(&host, &instance, PATIENCE).unwrap());
+        drop(worker);
+        assert_eq!(group.pids().unwrap(), [shell.pid()], "a monitor is no worker");
         drop(shell);
         assert!(group.wait_empty(PATIENCE).unwrap());
         assert!(remove_own(&host, &instance).unwrap());
