@@ -3,7 +3,6 @@
 //! Inside, `/run` and `/var/log` are tmpfs, the six `/proc/sys` files that a kubelet writes are covered by copies,
 //! and the scratch directory is a shared mount (volumes with HostToContainer propagation need one).
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -150,25 +149,9 @@ impl Cell {
         self.dir().join(format!("{name}.log"))
     }
 
-    /// The mounts of the cell, one mount point a line.
-    pub fn mounts(&self) -> Result<BTreeSet<String>> {
-        let path = format!("/proc/{}/mountinfo", self.holder.id());
-        let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-        Ok(text
-            .lines()
-            .filter_map(|line| line.split(' ').nth(4))
-            .map(str::to_owned)
-            .collect())
-    }
-
-    /// The links of the cell's network namespace, by name.
-    pub fn links(&self) -> Result<BTreeSet<String>> {
-        let text = self.sh("ip -o link")?;
-        Ok(text
-            .lines()
-            .filter_map(|l| l.split(": ").nth(1))
-            .map(|n| n.split('@').next().unwrap_or(n).to_owned())
-            .collect())
+    /// A process in the cell's namespaces.
+    pub fn pid(&self) -> u32 {
+        self.holder.id()
     }
 
     /// Fails when a covered sysctl of the host has changed since the cell was made.
@@ -255,13 +238,15 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Resul
     let limit = crate::stretched(limit);
     let start = Instant::now();
     let mut last = String::from("not yet");
+    let mut pause = Duration::from_millis(5);
     while start.elapsed() < limit {
         match probe() {
             Ok(Some(value)) => return Ok(value),
             Ok(None) => {}
             Err(error) => last = format!("{error:#}"),
         }
-        std::thread::sleep(Duration::from_millis(100));
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(100));
     }
     bail!("waited {limit:?} for {what}: {last}")
 }

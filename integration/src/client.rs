@@ -1,14 +1,18 @@
-//! A CRI client over the daemon's socket, for tests and benchmarks that go step by step.
+//! CRI clients over the daemon's socket: `Calls` for async tests, `Client` for tests and benchmarks that go step by step.
 
 use std::future::Future;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use coracle_proto::admin::{ImportImageHeader, ImportImageRequest, import_image_request::Part};
 use coracle_proto::cri as v1;
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
+
+use crate::image::ImageSpec;
+use crate::request;
 
 /// The generated clients.
 pub type RuntimeClient = v1::runtime_service_client::RuntimeServiceClient<Channel>;
@@ -20,10 +24,234 @@ pub type AdminClient = coracle_proto::admin::admin_client::AdminClient<Channel>;
 /// What kubelets send and take at most.
 const MESSAGE_LIMIT_BYTES: usize = 16 << 20;
 
+/// Size of the parts in which an archive is sent.
+const CHUNK_BYTES: usize = 256 << 10;
+
+/// Calls to one daemon; clones share the connection.
+#[derive(Clone, Debug)]
+pub struct Calls {
+    channel: Channel,
+}
+
 /// Blocking calls to one daemon.
 pub struct Client {
     tokio: Runtime,
-    channel: Channel,
+    calls: Calls,
+}
+
+impl Calls {
+    /// Connects to the socket.
+    pub async fn connect(socket: &Path) -> Result<Self> {
+        let endpoint = Endpoint::try_from(format!("unix://{}", socket.display()))?;
+        let channel = endpoint
+            .connect()
+            .await
+            .with_context(|| format!("connect to {}", socket.display()))?;
+        Ok(Self { channel })
+    }
+
+    /// The connection itself.
+    #[must_use]
+    pub fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
+    /// The runtime service.
+    #[must_use]
+    pub fn runtime(&self) -> RuntimeClient {
+        RuntimeClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_LIMIT_BYTES)
+    }
+
+    /// The image service.
+    #[must_use]
+    pub fn image(&self) -> ImageClient {
+        ImageClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_LIMIT_BYTES)
+    }
+
+    /// The admin service.
+    #[must_use]
+    pub fn admin(&self) -> AdminClient {
+        AdminClient::new(self.channel.clone())
+    }
+
+    /// Imports an image; its id.
+    pub async fn import(&self, image: &ImageSpec) -> Result<String> {
+        let images = self.import_archive(&image.name, &image.archive()?).await?;
+        images.into_iter().next().context("the archive held no image")
+    }
+
+    /// Imports an archive under a name; the ids of what it held.
+    pub async fn import_archive(&self, name: &str, archive: &[u8]) -> Result<Vec<String>, Status> {
+        let header = Part::Header(ImportImageHeader {
+            name: name.to_owned(),
+        });
+        let chunks = archive
+            .chunks(CHUNK_BYTES)
+            .map(|chunk| Part::Chunk(chunk.to_vec().into()));
+        let parts: Vec<_> = std::iter::once(header)
+            .chain(chunks)
+            .map(|part| ImportImageRequest { part: Some(part) })
+            .collect();
+        let answer = self.admin().import_image(tokio_stream::iter(parts)).await?;
+        let images = answer.into_inner().images;
+        Ok(images.into_iter().map(|image| image.id).collect())
+    }
+
+    /// RunPodSandbox; the log directory is made before, as a kubelet does.
+    pub async fn run_pod(&self, config: &v1::PodSandboxConfig) -> Result<String, Status> {
+        std::fs::create_dir_all(&config.log_directory)?;
+        let answer = self.runtime().run_pod_sandbox(request::run(config)).await?;
+        Ok(answer.into_inner().pod_sandbox_id)
+    }
+
+    /// CreateContainer; the directory of its log is made before, as a kubelet does.
+    pub async fn create(
+        &self,
+        pod: &str,
+        config: &v1::ContainerConfig,
+        sandbox: &v1::PodSandboxConfig,
+    ) -> Result<String, Status> {
+        if let Some(dir) = Path::new(&config.log_path).parent() {
+            std::fs::create_dir_all(Path::new(&sandbox.log_directory).join(dir))?;
+        }
+        let request = request::create(pod, config, sandbox);
+        let answer = self.runtime().create_container(request).await?;
+        Ok(answer.into_inner().container_id)
+    }
+
+    /// StartContainer.
+    pub async fn start_container(&self, id: &str) -> Result<(), Status> {
+        let request = v1::StartContainerRequest {
+            container_id: id.into(),
+        };
+        self.runtime().start_container(request).await.map(drop)
+    }
+
+    /// CreateContainer and StartContainer.
+    pub async fn run_container(
+        &self,
+        pod: &str,
+        config: &v1::ContainerConfig,
+        sandbox: &v1::PodSandboxConfig,
+    ) -> Result<String, Status> {
+        let id = self.create(pod, config, sandbox).await?;
+        self.start_container(&id).await?;
+        Ok(id)
+    }
+
+    /// StopContainer.
+    pub async fn stop_container(&self, id: &str, seconds: i64) -> Result<(), Status> {
+        let request = v1::StopContainerRequest {
+            container_id: id.into(),
+            timeout: seconds,
+        };
+        self.runtime().stop_container(request).await.map(drop)
+    }
+
+    /// RemoveContainer.
+    pub async fn remove_container(&self, id: &str) -> Result<(), Status> {
+        let request = v1::RemoveContainerRequest {
+            container_id: id.into(),
+        };
+        self.runtime().remove_container(request).await.map(drop)
+    }
+
+    /// StopPodSandbox.
+    pub async fn stop_pod(&self, id: &str) -> Result<(), Status> {
+        let request = v1::StopPodSandboxRequest {
+            pod_sandbox_id: id.into(),
+        };
+        self.runtime().stop_pod_sandbox(request).await.map(drop)
+    }
+
+    /// RemovePodSandbox.
+    pub async fn remove_pod(&self, id: &str) -> Result<(), Status> {
+        let request = v1::RemovePodSandboxRequest {
+            pod_sandbox_id: id.into(),
+        };
+        self.runtime().remove_pod_sandbox(request).await.map(drop)
+    }
+
+    /// PodSandboxStatus.
+    pub async fn pod_status(&self, id: &str) -> Result<v1::PodSandboxStatus, Status> {
+        let request = v1::PodSandboxStatusRequest {
+            pod_sandbox_id: id.into(),
+            verbose: false,
+        };
+        let answer = self.runtime().pod_sandbox_status(request).await?.into_inner();
+        answer
+            .status
+            .ok_or_else(|| Status::internal("no status in the answer"))
+    }
+
+    /// ContainerStatus.
+    pub async fn status(&self, id: &str) -> Result<v1::ContainerStatus, Status> {
+        let request = v1::ContainerStatusRequest {
+            container_id: id.into(),
+            verbose: false,
+        };
+        let answer = self.runtime().container_status(request).await?.into_inner();
+        answer
+            .status
+            .ok_or_else(|| Status::internal("no status in the answer"))
+    }
+
+    /// ExecSync.
+    pub async fn exec(
+        &self,
+        id: &str,
+        command: &[&str],
+        timeout: i64,
+    ) -> Result<v1::ExecSyncResponse, Status> {
+        let request = v1::ExecSyncRequest {
+            container_id: id.into(),
+            cmd: command.iter().map(|&word| word.to_owned()).collect(),
+            timeout,
+        };
+        self.runtime().exec_sync(request).await.map(Response::into_inner)
+    }
+
+    /// ListPodSandbox without a filter.
+    pub async fn pods(&self) -> Result<Vec<v1::PodSandbox>, Status> {
+        let request = v1::ListPodSandboxRequest::default();
+        Ok(self.runtime().list_pod_sandbox(request).await?.into_inner().items)
+    }
+
+    /// Ids of all sandboxes.
+    pub async fn pod_ids(&self) -> Result<Vec<String>, Status> {
+        Ok(self.pods().await?.into_iter().map(|pod| pod.id).collect())
+    }
+
+    /// ListContainers without a filter.
+    pub async fn containers(&self) -> Result<Vec<v1::Container>, Status> {
+        let request = v1::ListContainersRequest::default();
+        let answer = self.runtime().list_containers(request).await?;
+        Ok(answer.into_inner().containers)
+    }
+
+    /// Ids of all containers.
+    pub async fn container_ids(&self) -> Result<Vec<String>, Status> {
+        let all = self.containers().await?;
+        Ok(all.into_iter().map(|container| container.id).collect())
+    }
+
+    /// ListImages without a filter.
+    pub async fn images(&self) -> Result<Vec<v1::Image>, Status> {
+        let request = v1::ListImagesRequest::default();
+        Ok(self.image().list_images(request).await?.into_inner().images)
+    }
+
+    /// PullImage without credentials; gives the image's id.
+    pub async fn pull(&self, reference: &str) -> Result<String, Status> {
+        let request = v1::PullImageRequest {
+            image: Some(v1::ImageSpec {
+                image: reference.to_owned(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        Ok(self.image().pull_image(request).await?.into_inner().image_ref)
+    }
 }
 
 impl Client {
@@ -33,55 +261,13 @@ impl Client {
             .worker_threads(1)
             .enable_all()
             .build()?;
-        let endpoint = Endpoint::try_from(format!("unix://{}", socket.display()))?;
-        let channel = tokio
-            .block_on(endpoint.connect())
-            .with_context(|| format!("connect to {}", socket.display()))?;
-        Ok(Self { tokio, channel })
-    }
-
-    /// The runtime service; clones share the connection.
-    pub fn runtime(&self) -> RuntimeClient {
-        RuntimeClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_LIMIT_BYTES)
-    }
-
-    /// The image service.
-    pub fn image(&self) -> ImageClient {
-        ImageClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_LIMIT_BYTES)
-    }
-
-    /// The admin service.
-    pub fn admin(&self) -> AdminClient {
-        AdminClient::new(self.channel.clone())
-    }
-
-    /// Waits for a call; gives the bare message.
-    pub fn wait<T>(&self, call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Status> {
-        self.tokio.block_on(call).map(Response::into_inner)
-    }
-
-    /// Starts a call that goes on while the test does something else.
-    pub fn spawn<T: Send + 'static>(
-        &self,
-        call: impl Future<Output = Result<Response<T>, Status>> + Send + 'static,
-    ) -> tokio::task::JoinHandle<Result<T, Status>> {
-        self.tokio.spawn(async { call.await.map(Response::into_inner) })
-    }
-
-    /// Waits for what [`Client::spawn`] gave.
-    pub fn join<T>(&self, handle: tokio::task::JoinHandle<Result<T, Status>>) -> Result<Result<T, Status>> {
-        Ok(self.tokio.block_on(handle)?)
+        let calls = tokio.block_on(Calls::connect(socket))?;
+        Ok(Self { tokio, calls })
     }
 
     /// RunPodSandbox.
     pub fn run_pod(&self, config: &v1::PodSandboxConfig) -> Result<String, Status> {
-        let mut client = self.runtime();
-        let request = v1::RunPodSandboxRequest {
-            config: Some(config.clone()),
-            runtime_handler: String::new(),
-        };
-        self.wait(client.run_pod_sandbox(request))
-            .map(|r| r.pod_sandbox_id)
+        self.wait(self.calls.run_pod(config))
     }
 
     /// CreateContainer.
@@ -91,23 +277,12 @@ impl Client {
         config: &v1::ContainerConfig,
         pod: &v1::PodSandboxConfig,
     ) -> Result<String, Status> {
-        let mut client = self.runtime();
-        let request = v1::CreateContainerRequest {
-            pod_sandbox_id: sandbox.to_owned(),
-            config: Some(config.clone()),
-            sandbox_config: Some(pod.clone()),
-        };
-        self.wait(client.create_container(request))
-            .map(|r| r.container_id)
+        self.wait(self.calls.create(sandbox, config, pod))
     }
 
     /// StartContainer.
     pub fn start(&self, container: &str) -> Result<(), Status> {
-        let mut client = self.runtime();
-        let request = v1::StartContainerRequest {
-            container_id: container.to_owned(),
-        };
-        self.wait(client.start_container(request)).map(drop)
+        self.wait(self.calls.start_container(container))
     }
 
     /// ExecSync; gives standard output, standard error and the exit code.
@@ -117,157 +292,50 @@ impl Client {
         command: &[&str],
         limit: Duration,
     ) -> Result<v1::ExecSyncResponse, Status> {
-        let mut client = self.runtime();
-        let request = v1::ExecSyncRequest {
-            container_id: container.to_owned(),
-            cmd: command.iter().map(|&word| word.to_owned()).collect(),
-            timeout: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
-        };
-        self.wait(client.exec_sync(request))
+        self.wait(self.calls.exec(container, command, seconds(limit)))
     }
 
     /// StopContainer.
     pub fn stop(&self, container: &str, grace: Duration) -> Result<(), Status> {
-        let mut client = self.runtime();
-        let timeout = i64::try_from(grace.as_secs()).unwrap_or(i64::MAX);
-        let request = v1::StopContainerRequest {
-            container_id: container.to_owned(),
-            timeout,
-        };
-        self.wait(client.stop_container(request)).map(drop)
-    }
-
-    /// RemoveContainer.
-    pub fn remove(&self, container: &str) -> Result<(), Status> {
-        let mut client = self.runtime();
-        let request = v1::RemoveContainerRequest {
-            container_id: container.to_owned(),
-        };
-        self.wait(client.remove_container(request)).map(drop)
+        self.wait(self.calls.stop_container(container, seconds(grace)))
     }
 
     /// StopPodSandbox and RemovePodSandbox.
     pub fn discard_pod(&self, sandbox: &str) -> Result<(), Status> {
-        let mut client = self.runtime();
-        let stop = v1::StopPodSandboxRequest {
-            pod_sandbox_id: sandbox.to_owned(),
-        };
-        self.wait(client.stop_pod_sandbox(stop))?;
-        let remove = v1::RemovePodSandboxRequest {
-            pod_sandbox_id: sandbox.to_owned(),
-        };
-        self.wait(client.remove_pod_sandbox(remove)).map(drop)
-    }
-
-    /// ContainerStatus.
-    pub fn container_status(&self, container: &str) -> Result<v1::ContainerStatus, Status> {
-        let mut client = self.runtime();
-        let request = v1::ContainerStatusRequest {
-            container_id: container.to_owned(),
-            verbose: false,
-        };
-        self.wait(client.container_status(request))?
-            .status
-            .ok_or_else(|| Status::internal("no status in the answer"))
+        self.wait(self.calls.stop_pod(sandbox))?;
+        self.wait(self.calls.remove_pod(sandbox))
     }
 
     /// PodSandboxStatus.
     pub fn pod_status(&self, sandbox: &str) -> Result<v1::PodSandboxStatus, Status> {
-        let mut client = self.runtime();
-        let request = v1::PodSandboxStatusRequest {
-            pod_sandbox_id: sandbox.to_owned(),
-            verbose: false,
-        };
-        self.wait(client.pod_sandbox_status(request))?
-            .status
-            .ok_or_else(|| Status::internal("no status in the answer"))
+        self.wait(self.calls.pod_status(sandbox))
     }
 
     /// ListPodSandbox without a filter.
     pub fn pods(&self) -> Result<Vec<v1::PodSandbox>, Status> {
-        let mut client = self.runtime();
-        self.wait(client.list_pod_sandbox(v1::ListPodSandboxRequest::default()))
-            .map(|r| r.items)
+        self.wait(self.calls.pods())
     }
 
     /// ListContainers without a filter.
     pub fn containers(&self) -> Result<Vec<v1::Container>, Status> {
-        let mut client = self.runtime();
-        self.wait(client.list_containers(v1::ListContainersRequest::default()))
-            .map(|r| r.containers)
+        self.wait(self.calls.containers())
     }
 
     /// ListImages without a filter.
     pub fn images(&self) -> Result<Vec<v1::Image>, Status> {
-        let mut client = self.image();
-        self.wait(client.list_images(v1::ListImagesRequest::default()))
-            .map(|r| r.images)
+        self.wait(self.calls.images())
     }
 
     /// PullImage without credentials; gives the image's id.
     pub fn pull(&self, reference: &str) -> Result<String, Status> {
-        let mut client = self.image();
-        let image = v1::ImageSpec {
-            image: reference.to_owned(),
-            ..Default::default()
-        };
-        let request = v1::PullImageRequest {
-            image: Some(image),
-            ..Default::default()
-        };
-        self.wait(client.pull_image(request)).map(|r| r.image_ref)
+        self.wait(self.calls.pull(reference))
+    }
+
+    fn wait<T>(&self, call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+        self.tokio.block_on(call)
     }
 }
 
-/// A pod's request, with its own directory for logs and nothing unusual.
-pub fn pod_config(name: &str, logs: &Path) -> v1::PodSandboxConfig {
-    v1::PodSandboxConfig {
-        metadata: Some(v1::PodSandboxMetadata {
-            name: name.to_owned(),
-            uid: format!("uid-{name}"),
-            namespace: "default".into(),
-            attempt: 0,
-        }),
-        hostname: name.to_owned(),
-        log_directory: logs.display().to_string(),
-        linux: Some(v1::LinuxPodSandboxConfig {
-            security_context: Some(v1::LinuxSandboxSecurityContext {
-                // What a kubelet sends for a pod that does not share processes: CONTAINER.
-                namespace_options: Some(v1::NamespaceOption {
-                    pid: v1::NamespaceMode::Container.into(),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }),
-            ..Default::default()
-        }),
-        ..Default::default()
-    }
-}
-
-/// A container's request that runs `command`.
-pub fn container_config(name: &str, image: &str, command: &[&str]) -> v1::ContainerConfig {
-    v1::ContainerConfig {
-        metadata: Some(v1::ContainerMetadata {
-            name: name.to_owned(),
-            attempt: 0,
-        }),
-        image: Some(v1::ImageSpec {
-            image: image.to_owned(),
-            ..Default::default()
-        }),
-        command: command.iter().map(|&word| word.to_owned()).collect(),
-        log_path: format!("{name}.log"),
-        linux: Some(v1::LinuxContainerConfig {
-            security_context: Some(v1::LinuxContainerSecurityContext {
-                namespace_options: Some(v1::NamespaceOption {
-                    pid: v1::NamespaceMode::Container.into(),
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }),
-            ..Default::default()
-        }),
-        ..Default::default()
-    }
+fn seconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
 }

@@ -1,33 +1,53 @@
-//! A coracled of the test's own, in a cell.
+//! A coracled of the test's own: `Server` is its process and places, `Daemon` one in a cell.
 
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use coracle_kernel::signal::{self, Signal};
 
-use crate::cell::{Cell, Process, run, wait_for};
+use crate::cell::{Cell, run, wait_for};
 use crate::client::Client;
 use crate::image::pack;
+use crate::leaks;
 use crate::registry::Registry;
 
+/// How long a daemon may take until it serves.
+pub const START_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long a daemon may take to end after SIGTERM.
+pub const END_LIMIT: Duration = Duration::from_secs(20);
+
 /// The path that an environment variable names; without it the test says loudly that it was skipped.
-#[allow(clippy::print_stderr, reason = "a skipped test says so")]
 pub fn program(variable: &str) -> Option<PathBuf> {
     let path = std::env::var_os(variable)
         .map(PathBuf::from)
         .filter(|path| path.exists());
     if path.is_none() {
-        eprintln!("SKIPPED: {variable} does not name a program; `cargo xtask test` sets it");
+        crate::skipped(&format!(
+            "{variable} does not name a program; `cargo xtask test` sets it"
+        ));
     }
     path
 }
 
-/// A running daemon; its data, state and socket are below the cell's scratch directory.
-pub struct Daemon {
-    process: Option<Process>,
+/// A daemon and its places, `root`, `state`, `coracle.sock`, `config.toml` and `coracled.log` in one directory.
+/// Killed when dropped.
+#[derive(Debug)]
+pub struct Server {
     program: PathBuf,
-    scratch: PathBuf,
+    dir: PathBuf,
+    child: Option<Child>,
+    /// How much it logs.
+    pub log_level: &'static str,
+}
+
+/// A running daemon; its places are in the cell's scratch directory.
+pub struct Daemon {
+    server: Server,
 }
 
 /// A pod sandbox as tests look at it.
@@ -54,26 +74,158 @@ pub struct Container {
     pub name: String,
 }
 
+impl Server {
+    /// A daemon that is not started yet; its things are looked for by `leaks` from now on.
+    pub fn new(program: &Path, dir: &Path, config: &str) -> Result<Server> {
+        fs::create_dir_all(dir.join("root")).with_context(|| format!("make {}", dir.display()))?;
+        fs::write(dir.join("config.toml"), config)?;
+        leaks::watch(dir);
+        Ok(Server {
+            program: program.to_owned(),
+            dir: dir.to_owned(),
+            child: None,
+            log_level: "debug",
+        })
+    }
+
+    /// The program.
+    #[must_use]
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// Where everything of it is.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Its data root.
+    #[must_use]
+    pub fn root(&self) -> PathBuf {
+        self.dir.join("root")
+    }
+
+    /// Its state directory.
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    /// Its socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("coracle.sock")
+    }
+
+    /// What it logged so far.
+    #[must_use]
+    pub fn log(&self) -> String {
+        let log = fs::read(self.dir.join("coracled.log")).unwrap_or_default();
+        String::from_utf8_lossy(&log).into_owned()
+    }
+
+    /// Starts the program, which `command` runs, on these places; the process is the caller's.
+    pub fn launch(&self, mut command: Command) -> Result<Child> {
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.join("coracled.log"))?;
+        command
+            .args(["serve", "--network", "bridge", "--log-format", "text"])
+            .args(["--log-level", self.log_level])
+            .arg("--config")
+            .arg(self.dir.join("config.toml"))
+            .arg("--root")
+            .arg(self.root())
+            .arg("--state")
+            .arg(self.state())
+            .arg("--socket")
+            .arg(self.socket())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        command.spawn().with_context(|| format!("start {command:?}"))
+    }
+
+    /// Starts it; [`Server::is_serving`] tells when it serves.
+    pub fn start(&mut self, command: Command) -> Result<()> {
+        self.child = Some(self.launch(command)?);
+        Ok(())
+    }
+
+    /// Whether it serves yet; an error when it ended instead.
+    pub fn is_serving(&mut self) -> Result<bool> {
+        if let Some(status) = self.ended()? {
+            anyhow::bail!("coracled ended at its start ({status}):\n{}", self.log());
+        }
+        // The socket gets its name when everything else is ready.
+        Ok(UnixStream::connect(self.socket()).is_ok())
+    }
+
+    /// How it ended, once it has.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        let child = self.child.as_mut().context("the daemon was not started")?;
+        Ok(child.try_wait()?)
+    }
+
+    /// The daemon's process id.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.child.as_ref().map(Child::id)
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self) -> Result<()> {
+        if let Some(mut child) = self.child.take() {
+            child.kill()?;
+            child.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Asks it to end, as a service manager does.
+    pub fn ask_to_end(&self) -> Result<()> {
+        let pid = self.pid().context("the daemon runs")?;
+        Ok(signal::kill(i32::try_from(pid)?, Signal::TERM)?)
+    }
+
+    /// Waits until it serves.
+    pub fn wait_serving(&mut self) -> Result<()> {
+        wait_for("coracled to serve", START_LIMIT, || {
+            Ok(self.is_serving()?.then_some(()))
+        })
+    }
+
+    /// Has it end; pods live on.
+    pub fn terminate(&mut self) -> Result<()> {
+        self.ask_to_end()?;
+        let status = wait_for("coracled to end", END_LIMIT, || self.ended())?;
+        self.child = None;
+        ensure!(status.success(), "coracled ended with {status}:\n{}", self.log());
+        Ok(())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // A test that failed: nothing of it may disturb the next one.
+        let _ = self.kill();
+    }
+}
+
 impl Daemon {
     /// Starts the daemon that `CORACLED` names; with an authority the test's registry is configured.
     pub fn start(cell: &Cell, authority: Option<&Path>) -> Result<Self> {
         let program = program("CORACLED").context("CORACLED names the daemon to test")?;
-        let scratch = cell.dir().to_owned();
         let certs = cell.subdir("certs.d")?;
         if let Some(authority) = authority {
             let dir = cell.subdir(&format!("certs.d/{}", Registry::ADDRESS))?;
             fs::write(dir.join("hosts.toml"), format!("ca = {authority:?}\n"))?;
         }
-        fs::write(
-            scratch.join("config.toml"),
-            format!(
-                "[image]\ncerts_dir = {certs:?}\n[network]\nmode = \"bridge\"\nsubnet = \"10.222.0.0/16\"\n"
-            ),
-        )?;
+        let config = format!("[image]\ncerts_dir = {certs:?}\n[network]\nsubnet = \"10.222.0.0/16\"\n");
         let mut daemon = Self {
-            process: None,
-            program,
-            scratch,
+            server: Server::new(&program, cell.dir(), &config)?,
         };
         daemon.launch(cell, &[])?;
         Ok(daemon)
@@ -81,37 +233,15 @@ impl Daemon {
 
     /// Starts the daemon again with further variables in its environment (failpoints).
     pub fn launch(&mut self, cell: &Cell, environment: &[(&str, &str)]) -> Result<()> {
-        let mut command = cell.command(&self.program);
-        command
-            .arg("serve")
-            .arg("--config")
-            .arg(self.scratch.join("config.toml"));
-        command
-            .arg("--root")
-            .arg(self.scratch.join("data"))
-            .arg("--state")
-            .arg(self.scratch.join("state"));
-        command
-            .arg("--socket")
-            .arg(self.socket())
-            .args(["--log-level", "debug"]);
+        let mut command = cell.command(self.server.program());
         command.envs(environment.iter().copied());
-        let mut process = cell.spawn("coracled", &mut command)?;
-        wait_for("coracled to serve", Duration::from_secs(20), || {
-            anyhow::ensure!(
-                process.is_running(),
-                "it ended; see {}",
-                cell.log_path("coracled").display()
-            );
-            self.client().map(Some)
-        })?;
-        self.process = Some(process);
-        Ok(())
+        self.server.start(command)?;
+        self.server.wait_serving()
     }
 
     /// The CRI socket.
     pub fn socket(&self) -> PathBuf {
-        self.scratch.join("coracle.sock")
+        self.server.socket()
     }
 
     /// A new connection.
@@ -121,17 +251,17 @@ impl Daemon {
 
     /// The daemon's process id.
     pub fn pid(&self) -> Result<u32> {
-        Ok(self.process.as_ref().context("the daemon runs")?.pid())
+        self.server.pid().context("the daemon runs")
     }
 
     /// Whether the process still runs.
     pub fn is_running(&mut self) -> bool {
-        self.process.as_mut().is_some_and(Process::is_running)
+        matches!(self.server.ended(), Ok(None))
     }
 
     /// SIGKILL.
     pub fn kill(&mut self) -> Result<()> {
-        self.process.take().context("the daemon runs")?.kill()
+        self.server.kill()
     }
 
     /// SIGKILL, and a new start.
@@ -142,28 +272,30 @@ impl Daemon {
 
     /// SIGTERM; pods live on.
     pub fn terminate(mut self) -> Result<()> {
-        self.process.take().context("the daemon runs")?.terminate()
+        self.server.terminate()
     }
 
     /// What a reboot does: every process of a pod ends, the state directory is empty, the boot id is another one.
     pub fn reboot(&mut self, cell: &Cell) -> Result<()> {
         self.kill()?;
-        for pid in pod_processes(cell) {
-            let _ = run(std::process::Command::new("kill").args(["-KILL", &pid]));
-        }
         wait_for(
             "all processes of the pods to end",
             Duration::from_secs(10),
-            || Ok(pod_processes(cell).is_empty().then_some(())),
+            || {
+                let left = leaks::snapshot(cell)?.of("process");
+                // Of the whole cell only the pods' are in a group of theirs.
+                let pods: Vec<i32> = left.iter().filter_map(|line| pod_process(cell, line)).collect();
+                for pid in &pods {
+                    let _ = signal::kill(*pid, Signal::KILL);
+                }
+                Ok(pods.is_empty().then_some(()))
+            },
         )?;
-        let (state, boot_id) = (self.scratch.join("state"), self.scratch.join("boot_id"));
-        fs::remove_dir_all(&state).or_else(|e| {
-            if e.kind() == std::io::ErrorKind::NotFound {
-                Ok(())
-            } else {
-                Err(e)
-            }
-        })?;
+        let boot_id = cell.dir().join("boot_id");
+        match fs::remove_dir_all(self.server.state()) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
         fs::write(&boot_id, "11111111-2222-4333-8444-555555555555\n")?;
         cell.sh(&format!(
             "mount --bind {} /proc/sys/kernel/random/boot_id",
@@ -176,7 +308,7 @@ impl Daemon {
     pub fn import(&self, cell: &Cell, layout: &Path, name: &str) -> Result<String> {
         let tar = layout.with_extension("tar");
         pack(layout, &tar)?;
-        let mut command = cell.command(&self.program);
+        let mut command = cell.command(self.server.program());
         command
             .args(["image", "import", "--socket"])
             .arg(self.socket())
@@ -232,18 +364,10 @@ impl Daemon {
     }
 }
 
-/// Monitors and container processes: by their cgroups and by the memfd that a monitor runs from.
-fn pod_processes(cell: &Cell) -> Vec<String> {
-    let cgroup = cell.cgroup();
-    let state = cell.dir().join("state").display().to_string();
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|pid| pid.bytes().all(|b| b.is_ascii_digit()))
-        .filter(|pid| {
-            let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-            let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            groups.contains(&cgroup) || String::from_utf8_lossy(&command).contains(&state)
-        })
-        .collect()
+/// The process of a line of the leak check, if its cgroup is one of pods or monitors.
+fn pod_process(cell: &Cell, line: &str) -> Option<i32> {
+    let pid = line.split(' ').next()?;
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let of_pod = groups.contains(&cell.cgroup()) || groups.contains("/coracle/");
+    of_pod.then(|| pid.parse().ok())?
 }

@@ -1,42 +1,75 @@
-//! What a pod leaves behind, if it does: processes, mounts, links, network namespaces, cgroups, rules and files.
+//! What daemons and pods leave on a host, if they do: processes, mounts, links, network namespaces, cgroups and files.
+//!
+//! Looked for is what belongs to the daemons that this process started (`watch`), and whatever is new in the mount and
+//! network namespaces that are looked at. `tests/cri/oracle.rs` shows that each look can fail.
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use sha2::{Digest as _, Sha256};
 
 use crate::cell::{Cell, wait_for};
 
 /// Everything of one kind, by name.
-type Names = BTreeSet<String>;
+pub type Names = BTreeSet<String>;
 
-/// A view of all that pods may leave behind.
+/// A view of all that may be left.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     kinds: Vec<(&'static str, Names)>,
 }
 
-/// Takes a snapshot of the cell and of what the host shares with it.
+/// A daemon whose things are looked for.
+struct Watched {
+    /// It is in the names of everything that the daemon makes outside its directories.
+    instance: String,
+    dir: PathBuf,
+}
+
+static WATCHED: Mutex<Vec<Watched>> = Mutex::new(Vec::new());
+
+/// Looks for things of the daemon on these directories from now on; gives the instance.
+pub fn watch(dir: &Path) -> String {
+    let root = dir.join("root");
+    // The first 8 digits of the SHA-256 of the canonical data root.
+    let canonical = root.canonicalize().unwrap_or(root);
+    let digest = Sha256::digest(canonical.as_os_str().as_encoded_bytes());
+    let instance: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+    watched().push(Watched {
+        instance: instance.clone(),
+        dir: dir.to_owned(),
+    });
+    instance
+}
+
+/// What is there in this process's own namespaces.
+pub fn snapshot_here() -> Result<Snapshot> {
+    take("self", None)
+}
+
+/// What is there in a cell's namespaces.
 pub fn snapshot(cell: &Cell) -> Result<Snapshot> {
-    let kinds = vec![
-        ("process", processes(cell)),
-        ("mount", cell.mounts()?),
-        ("link", cell.links()?),
-        ("network namespace", lines(&cell.sh("ls /run/netns")?)),
-        ("cgroup", cgroups(cell)),
-        ("file", pod_files(cell)),
-    ];
-    Ok(Snapshot { kinds })
+    take(&cell.pid().to_string(), Some(&cell.cgroup()))
+}
+
+impl Snapshot {
+    /// Everything of one kind.
+    #[must_use]
+    pub fn of(&self, kind: &str) -> Names {
+        let found = self.kinds.iter().find(|(name, _)| *name == kind);
+        found.map(|(_, names)| names.clone()).unwrap_or_default()
+    }
 }
 
 /// What is in `after` and not in `before`: one entry a kind, empty ones included.
+#[must_use]
 pub fn difference(before: &Snapshot, after: &Snapshot) -> Vec<(&'static str, Vec<String>)> {
-    before
-        .kinds
-        .iter()
-        .zip(&after.kinds)
+    let kinds = before.kinds.iter().zip(&after.kinds);
+    kinds
         .map(|((kind, old), (_, new))| (*kind, new.difference(old).cloned().collect()))
         .collect()
 }
@@ -51,12 +84,32 @@ pub fn check(before: &Snapshot, after: &Snapshot) -> Result<()> {
     Ok(())
 }
 
+/// Files and directories that belong to one pod, container or import of the daemon on these directories.
+#[must_use]
+pub fn pod_files(dir: &Path) -> Names {
+    let mut found = Names::new();
+    for place in [
+        "root/containers",
+        "root/content/ingest",
+        "state/pods",
+        "state/monitors",
+    ] {
+        let place = dir.join(place);
+        found.extend(
+            names(&place)
+                .iter()
+                .map(|name| format!("{}/{name}", place.display())),
+        );
+    }
+    found
+}
+
 /// Removes the cgroups that the kubelet itself made for the node and leaves to its next start; fails when one of
 /// them still holds a pod.
 pub fn remove_kubelet_cgroups(cell: &Cell) -> Result<()> {
     let root = cell.cgroup();
     wait_for("the pods' cgroups to go", Duration::from_secs(30), || {
-        let pods: Vec<_> = cgroups(cell)
+        let pods: Vec<_> = cgroups(Some(&root))
             .into_iter()
             .filter(|path| path.contains("/pod"))
             .collect();
@@ -69,80 +122,116 @@ pub fn remove_kubelet_cgroups(cell: &Cell) -> Result<()> {
     Ok(())
 }
 
-fn lines(text: &str) -> Names {
-    text.lines().map(str::to_owned).collect()
-}
-
-/// Processes of the pods, the monitors, the daemon and the kubelet of this cell.
-fn processes(cell: &Cell) -> Names {
-    let scratch = cell.dir().to_string_lossy().into_owned();
-    let cgroup = cell.cgroup();
-    let of = |pid: &str| {
-        let read = |file: &str| fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
-        let command = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
-        let groups = String::from_utf8_lossy(&read("cgroup")).into_owned();
-        let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-        let ours = command.contains(&scratch)
-            || groups.contains(&cgroup)
-            || groups.contains("/coracle/")
-            || exe.to_string_lossy().starts_with("/memfd:coracle");
-        ours.then(|| format!("{pid} {command}"))
-    };
-    numeric_entries("/proc")
+/// `process` is one in the namespaces that are looked at, `cgroup` another group that pods are in.
+fn take(process: &str, cgroup: Option<&str>) -> Result<Snapshot> {
+    let proc = Path::new("/proc").join(process);
+    let files = watched()
         .iter()
-        .filter_map(|pid| of(pid))
-        .filter(|line| !line.contains("sleep infinity"))
-        .collect()
+        .flat_map(|daemon| pod_files(&daemon.dir))
+        .collect();
+    let kinds = vec![
+        ("process", processes(cgroup)?),
+        ("mount", mounts(&proc)?),
+        ("link", links(&proc)?),
+        ("network namespace", names(&proc.join("root/run/netns"))),
+        ("cgroup", cgroups(cgroup)),
+        ("file", files),
+    ];
+    Ok(Snapshot { kinds })
 }
 
-fn numeric_entries(dir: &str) -> Vec<String> {
-    fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|name| name.bytes().all(|b| b.is_ascii_digit()))
-        .collect()
+fn watched() -> MutexGuard<'static, Vec<Watched>> {
+    WATCHED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Cgroups of the test's own subtree and of coracle's.
-fn cgroups(cell: &Cell) -> Names {
+/// Daemons, monitors, workers, containers: by their arguments or by their cgroups.
+fn processes(cgroup: Option<&str>) -> Result<Names> {
     let mut found = Names::new();
-    let mut roots = vec![Path::new("/sys/fs/cgroup").to_owned()];
-    roots.extend(
-        fs::read_dir("/sys/fs/cgroup")
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|entry| entry.path()),
-    );
+    for entry in fs::read_dir("/proc").context("list /proc")? {
+        let entry = entry.context("list /proc")?;
+        let pid = entry.file_name().to_string_lossy().into_owned();
+        if !pid.bytes().all(|byte| byte.is_ascii_digit()) {
+            continue;
+        }
+        let read = |name: &str| {
+            let bytes = fs::read(entry.path().join(name)).unwrap_or_default();
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        let (command, groups) = (read("cmdline").replace('\0', " "), read("cgroup"));
+        let of_daemon = watched().iter().any(|daemon| {
+            groups.contains(&daemon.instance) || command.contains(&*daemon.dir.to_string_lossy())
+        });
+        let in_cgroup = cgroup.is_some_and(|cgroup| groups.contains(cgroup));
+        // A monitor that never got into a group of ours.
+        let exe = fs::read_link(entry.path().join("exe")).unwrap_or_default();
+        let stray = exe.to_string_lossy().starts_with("/memfd:coracle") && !groups.contains("/coracle/");
+        // A zombie holds nothing; its parent reaps it when it gets to it.
+        let stat = read("stat");
+        let state = stat.rsplit_once(')').map_or("", |(_, rest)| rest.trim_start());
+        if (of_daemon || in_cgroup || stray) && !state.starts_with('Z') {
+            found.insert(format!("{pid} {}", command.trim()));
+        }
+    }
+    Ok(found)
+}
+
+/// Mount points with their types; one that is covered counts again.
+fn mounts(proc: &Path) -> Result<Names> {
+    let path = proc.join("mountinfo");
+    let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let mut found = Names::new();
+    for line in text.lines() {
+        let point = line.split(' ').nth(4).unwrap_or_default();
+        let kind = line.split(" - ").nth(1).and_then(|rest| rest.split(' ').next());
+        let name = format!("{point} ({})", kind.unwrap_or_default());
+        let again = (1..)
+            .map(|n| format!("{name} #{n}"))
+            .find(|name| !found.contains(name));
+        found.extend(again);
+    }
+    Ok(found)
+}
+
+/// Links of the network namespace, by name. sysfs would show those of the namespace that mounted it.
+fn links(proc: &Path) -> Result<Names> {
+    let path = proc.join("net/dev");
+    let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let lines = text.lines().filter_map(|line| line.split_once(':'));
+    Ok(lines.map(|(name, _)| name.trim().to_owned()).collect())
+}
+
+/// The watched instances' groups, and all below another one.
+fn cgroups(cgroup: Option<&str>) -> Names {
+    let mut below: Vec<String> = watched()
+        .iter()
+        .map(|daemon| format!("coracle/{}", daemon.instance))
+        .collect();
+    below.extend(cgroup.map(|cgroup| cgroup.trim_start_matches('/').to_owned()));
+    let top = Path::new("/sys/fs/cgroup");
+    let mut roots = vec![top.to_owned()];
+    roots.extend(names(top).iter().map(|name| top.join(name)));
+    let mut found = Names::new();
     for root in roots {
-        for name in [cell.cgroup().trim_start_matches('/'), "coracle"] {
-            walk(&root.join(name), 12, &mut found);
+        for name in &below {
+            walk(&root.join(name), &mut found);
         }
     }
     found
 }
 
-/// Files and directories that belong to one pod or container, below the daemon's data and state directories.
-fn pod_files(cell: &Cell) -> Names {
-    let mut found = Names::new();
-    for dir in ["data/containers", "state/pods", "state/monitors"] {
-        for entry in fs::read_dir(cell.dir().join(dir)).into_iter().flatten().flatten() {
-            found.insert(format!("{dir}/{}", entry.file_name().to_string_lossy()));
-        }
-    }
-    found
-}
-
-fn walk(dir: &Path, depth: u32, found: &mut Names) {
-    if !dir.is_dir() || depth == 0 {
-        return;
-    }
+fn walk(dir: &Path, found: &mut Names) {
+    let Ok(entries) = fs::read_dir(dir) else { return };
     found.insert(dir.to_string_lossy().into_owned());
-    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+    for entry in entries.flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            walk(&entry.path(), depth - 1, found);
+            walk(&entry.path(), found);
         }
     }
+}
+
+fn names(dir: &Path) -> Names {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect()
 }

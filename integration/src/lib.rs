@@ -1,10 +1,11 @@
 //! Black-box tests of `coracled` over its socket: what they share.
 //!
-//! - `node`: a daemon in a scratch directory, its clients, its crashes and restarts
-//! - `oracle`: what is on the host; whatever is there after a test and was not before is a leak
-//! - `request`: the messages of a kubelet, with little in them
+//! - `daemon`: a daemon's process and places
+//! - `client`, `request`: calls to it, and the messages of a kubelet with little in them
+//! - `leaks`: what is on the host; whatever is there after a test and was not before is a leak
 //! - `image`: images made on the spot from Debian's busybox-static
-//! - `cell`, `daemon`, `client`, `leaks`: namespaces of one test with a daemon in them, for the real callers
+//! - `node`: a daemon in the test's own namespaces, its crashes and restarts
+//! - `cell`: namespaces of one test, held by a process, for the real callers
 //! - `kubelet`, `registry`: the real callers, and where their images come from
 
 pub mod cell;
@@ -14,12 +15,10 @@ pub mod image;
 pub mod kubelet;
 pub mod leaks;
 pub mod node;
-pub mod oracle;
 pub mod registry;
 pub mod request;
 
 pub use node::{Node, Options};
-pub use oracle::Snapshot;
 
 /// How long something may take here: `CORACLE_TEST_SLOW` says how many times slower this machine is than a usual one.
 #[must_use]
@@ -33,4 +32,19 @@ pub fn stretched(limit: std::time::Duration) -> std::time::Duration {
             .unwrap_or(1)
     });
     limit * *slow
+}
+
+/// Says loudly what is not tested and why; `cargo xtask test` counts it where it names a file for that.
+#[allow(clippy::print_stderr, reason = "a skipped test says so")]
+pub fn skipped(what: &str) {
+    use std::io::Write as _;
+    let thread = std::thread::current();
+    let line = format!("SKIPPED {} {what}", thread.name().unwrap_or("?"));
+    eprintln!("{line}");
+    if let Some(path) = std::env::var_os("CORACLE_TEST_SKIPS") {
+        let file = std::fs::File::options().create(true).append(true).open(path);
+        if let Err(error) = file.and_then(|mut file| writeln!(file, "{line}")) {
+            eprintln!("the skip is not counted: {error}");
+        }
+    }
 }

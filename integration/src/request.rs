@@ -1,5 +1,6 @@
 //! The messages of a kubelet, with little in them.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use coracle_proto::cri::{
@@ -23,24 +24,18 @@ pub fn namespaces() -> NamespaceOption {
     }
 }
 
-/// A pod with a name and uid of its own.
+/// A pod with nothing unusual; its logs are in `logs` itself.
 #[must_use]
-pub fn pod(name: &str, logs: &std::path::Path) -> PodSandboxConfig {
-    let number = UNIQUE.fetch_add(1, Ordering::Relaxed);
+pub fn pod_config(name: &str, logs: &Path) -> PodSandboxConfig {
     PodSandboxConfig {
         metadata: Some(PodSandboxMetadata {
             name: name.into(),
-            uid: format!("uid-{number}"),
+            uid: format!("uid-{name}"),
             namespace: "test".into(),
             attempt: 0,
         }),
         hostname: name.into(),
-        log_directory: logs
-            .join(format!("{name}-{number}"))
-            .to_string_lossy()
-            .into_owned(),
-        labels: [("app".to_owned(), name.to_owned())].into(),
-        annotations: [("note".to_owned(), "kept as it is".to_owned())].into(),
+        log_directory: logs.to_string_lossy().into_owned(),
         linux: Some(LinuxPodSandboxConfig {
             security_context: Some(LinuxSandboxSecurityContext {
                 namespace_options: Some(namespaces()),
@@ -52,6 +47,19 @@ pub fn pod(name: &str, logs: &std::path::Path) -> PodSandboxConfig {
     }
 }
 
+/// A pod with a uid and a log directory of its own below `logs`, a label and an annotation.
+#[must_use]
+pub fn pod(name: &str, logs: &Path) -> PodSandboxConfig {
+    let number = UNIQUE.fetch_add(1, Ordering::Relaxed);
+    let mut config = pod_config(name, &logs.join(format!("{name}-{number}")));
+    if let Some(metadata) = config.metadata.as_mut() {
+        metadata.uid = format!("uid-{number}");
+    }
+    config.labels.insert("app".into(), name.into());
+    config.annotations.insert("note".into(), "kept as it is".into());
+    config
+}
+
 /// A RunPodSandbox request.
 #[must_use]
 pub fn run(config: &PodSandboxConfig) -> RunPodSandboxRequest {
@@ -61,33 +69,44 @@ pub fn run(config: &PodSandboxConfig) -> RunPodSandboxRequest {
     }
 }
 
-/// A busybox container that runs `sh -c script`.
+/// A container that runs `command`; its log is `<name>.log`.
 #[must_use]
-pub fn container(name: &str, script: &str) -> ContainerConfig {
+pub fn container_config(name: &str, image: &str, command: &[&str]) -> ContainerConfig {
     ContainerConfig {
         metadata: Some(ContainerMetadata {
             name: name.into(),
             attempt: 0,
         }),
         image: Some(ImageSpec {
-            image: BUSYBOX.into(),
+            image: image.into(),
             ..Default::default()
         }),
-        command: vec!["/bin/sh".into(), "-c".into(), script.into()],
-        log_path: format!("{name}/0.log"),
-        labels: [("container".to_owned(), name.to_owned())].into(),
+        command: command.iter().map(|&word| word.into()).collect(),
+        log_path: format!("{name}.log"),
         linux: Some(LinuxContainerConfig {
-            resources: Some(LinuxContainerResources {
-                oom_score_adj: 1000,
-                ..Default::default()
-            }),
             security_context: Some(LinuxContainerSecurityContext {
                 namespace_options: Some(namespaces()),
                 ..Default::default()
             }),
+            ..Default::default()
         }),
         ..Default::default()
     }
+}
+
+/// A busybox container that runs `sh -c script`, with a label; its log is `<name>/0.log`.
+#[must_use]
+pub fn container(name: &str, script: &str) -> ContainerConfig {
+    let mut config = container_config(name, BUSYBOX, &["/bin/sh", "-c", script]);
+    config.log_path = format!("{name}/0.log");
+    config.labels.insert("container".into(), name.into());
+    if let Some(linux) = config.linux.as_mut() {
+        linux.resources = Some(LinuxContainerResources {
+            oom_score_adj: 1000,
+            ..Default::default()
+        });
+    }
+    config
 }
 
 /// A CreateContainer request.

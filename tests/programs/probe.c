@@ -401,36 +401,45 @@ static int overwrite_exe(void)
     return 0;
 }
 
-/* The rest of the words is run on a kernel that lacks one system call: it and its children get ENOSYS. */
-static int without(const char *call, char **command)
+/* The rest of the words is run on a kernel that lacks one system call or denies it: it and its children get the error. */
+static int without(const char *call, const char *error, char **command)
 {
-    static const struct { const char *name; unsigned number; } known[] = {{"keyctl", SYS_keyctl}};
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
-        if (strcmp(call, known[i].name))
-            continue;
-        struct sock_filter code[] = {
-            BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0 /* the number */),
-            BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, known[i].number, 0, 1),
-            BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS),
-            BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-        };
-        struct sock_fprog program = {sizeof code / sizeof *code, code};
-        if (syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &program) != 0) {
-            say("error: seccomp: %s\n", strerror(errno));
-            return 1;
-        }
-        execvp(command[0], command);
-        say("error: %s: %s\n", command[0], strerror(errno));
-        return 127;
+    static const struct { const char *name; unsigned number; } calls[] = {
+        {"bpf", SYS_bpf}, {"keyctl", SYS_keyctl}, {"mknodat", SYS_mknodat}, {"open_tree", SYS_open_tree},
+    };
+    static const struct { const char *name; unsigned number; } errors[] = {
+        {"EINVAL", EINVAL}, {"ENOSYS", ENOSYS}, {"EPERM", EPERM},
+    };
+    unsigned number = 0, answer = 0;
+    for (size_t i = 0; i < sizeof calls / sizeof *calls; i++)
+        if (!strcmp(call, calls[i].name))
+            number = calls[i].number;
+    for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
+        if (!strcmp(error, errors[i].name))
+            answer = errors[i].number;
+    if (!number || !answer)
+        return 2;
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0 /* the number */),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, number, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | answer),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = {sizeof code / sizeof *code, code};
+    if (syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &program) != 0) {
+        say("error: seccomp: %s\n", strerror(errno));
+        return 1;
     }
-    return 2;
+    execvp(command[0], command);
+    say("error: %s: %s\n", command[0], strerror(errno));
+    return 127;
 }
 
 static int usage(void)
 {
     say("usage: probe fds | syscall NR ARG... | int80 NR | fork N | mem BYTES | console SOCKET [ROWS COLS] | pty CMD... |\n"
         "       tty | inherited | keyring | ignore-all CMD... | open-fds N CMD... | exchange A B | hunt OWN... |\n"
-        "       overwrite-exe | without CALL CMD...\n");
+        "       overwrite-exe | without CALL ERRNO CMD...\n");
     return 2;
 }
 
@@ -471,7 +480,7 @@ int main(int argc, char **argv)
         return hunt(n, v);
     if (!strcmp(what, "overwrite-exe"))
         return overwrite_exe();
-    if (!strcmp(what, "without") && n >= 2)
-        return without(v[0], v + 1);
+    if (!strcmp(what, "without") && n >= 3)
+        return without(v[0], v[1], v + 2);
     return usage();
 }

@@ -13,8 +13,7 @@ use crate::tools::{self, Tool};
 pub(crate) fn bench(places: &Places, part: Option<&str>) -> Result<()> {
     install::install(Want::Everything)?;
     let coracle = build::runtime(places)?;
-    let coracled = build::daemon(places, Daemon::Release)?;
-    std::fs::copy(&coracle, coracled.with_file_name("coracle"))?;
+    let coracled = build::node(places, Daemon::Release)?;
     let containerd = tools::build(places, Tool::Containerd)?;
     let mut command: Command = cargo(places);
     command

@@ -1,5 +1,6 @@
 //! The two programs, as they ship and as they are tested.
 
+use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -58,6 +59,18 @@ pub(crate) fn daemon(places: &Places, kind: Daemon) -> Result<PathBuf> {
         &mut command,
         places.target.join(MUSL).join(profile).join("coracled"),
     )
+}
+
+/// `coracled` with `coracle` beside it, where the daemon looks for its runtime.
+pub(crate) fn node(places: &Places, kind: Daemon) -> Result<PathBuf> {
+    let coracle = runtime(places)?;
+    let coracled = daemon(places, kind)?;
+    let beside = coracled.with_file_name("coracle");
+    // A program that somebody runs cannot be written over.
+    let _ = fs::remove_file(&beside);
+    fs::copy(&coracle, &beside)
+        .with_context(|| format!("copy {} to {}", coracle.display(), beside.display()))?;
+    Ok(coracled)
 }
 
 /// The demonstration, static: it drives a pod where there is nothing else.

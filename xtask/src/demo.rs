@@ -12,9 +12,7 @@ pub(crate) fn demo(places: &Places, reference: Option<&str>) -> Result<()> {
         println!("{package} cannot be installed here");
     }
     println!("building coracle and coracled (static, release)");
-    let coracle = build::runtime(places)?;
-    let coracled = build::daemon(places, Daemon::Release)?;
-    std::fs::copy(&coracle, coracled.with_file_name("coracle"))?;
+    let coracled = build::node(places, Daemon::Release)?;
     let mut command = cargo(places);
     command
         .args([

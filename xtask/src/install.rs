@@ -35,8 +35,9 @@ const PACKAGES: [(&str, &str); 24] = [
     ("qemu-system-x86", "/usr/bin/qemu-system-x86_64"),
 ];
 
-/// Packages without which a guest has no network, looked for by dpkg since they have no program.
-const LIBRARIES: [&str; 1] = ["libvdeplug-slirp"];
+/// Packages that dpkg is asked for, since they have no program of their own: a guest's network, and what a private Go
+/// is installed with.
+const LIBRARIES: [&str; 2] = ["libvdeplug-slirp", "python3-venv"];
 
 /// Rust targets: what is shipped, and what must at least compile.
 pub(crate) const MUSL: &str = "x86_64-unknown-linux-musl";

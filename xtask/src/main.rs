@@ -40,7 +40,10 @@ enum Task {
     },
     /// The suites in the cgroup v2 guest
     Vm {
-        /// Tests whose names contain this
+        /// The long counts, and runc before coracle; builds the guest's kernel where there is none
+        #[arg(long)]
+        long: bool,
+        /// A group (oci, cri, kubelet), or tests whose names contain this
         filter: Option<String>,
     },
     /// Both programs, static, with their checksums, in dist/
@@ -90,11 +93,11 @@ fn run_task() -> Result<bool> {
         Task::Demo { reference } => demo::demo(&places, reference.as_deref()).map(|()| true),
         Task::Test(flags) => test::test(&places, &flags),
         Task::Bench { part } => bench::bench(&places, part.as_deref()).map(|()| true),
-        Task::Vm { filter } => {
+        Task::Vm { long, filter } => {
             let flags = TestFlags {
                 only: vec!["vm".into()],
                 filter,
-                long: true,
+                long,
                 limit_minutes: 24 * 60,
             };
             test::test(&places, &flags)

@@ -309,7 +309,7 @@ fn cri(run: &mut Run<'_>) -> Result<bool> {
     if let Some(dir) = criclient {
         command.env("CRICLIENT", dir.join("criclient"));
     }
-    run.command(&mut command)
+    counting_skips(run, &mut command)
 }
 
 /// A stock kubelet.
@@ -321,17 +321,25 @@ fn kubelet(run: &mut Run<'_>) -> Result<bool> {
     command
         .args(["--test", "kubelet"])
         .env("KUBELET", dir.join("kubelet"));
-    run.command(&mut command)
+    counting_skips(run, &mut command)
+}
+
+/// Runs a suite and notes each test that it skipped.
+fn counting_skips(run: &mut Run<'_>, command: &mut Command) -> Result<bool> {
+    let skips = tempfile::NamedTempFile::new().context("make a file for what is skipped")?;
+    let passed = run.command(command.env("CORACLE_TEST_SKIPS", skips.path()))?;
+    for line in fs::read_to_string(skips.path())
+        .context("read what was skipped")?
+        .lines()
+    {
+        run.skip(line.trim_start_matches("SKIPPED ").to_owned());
+    }
+    Ok(passed)
 }
 
 /// `cargo test` of the integration crate with our programs in its environment, one test at a time.
 fn integration(run: &Run<'_>) -> Result<Command> {
-    let coracle = build::runtime(run.places)?;
-    let coracled = build::daemon(run.places, Daemon::Test)?;
-    // The daemon looks for the runtime beside itself.
-    let beside = coracled.with_file_name("coracle");
-    let _ = fs::remove_file(&beside);
-    fs::copy(&coracle, &beside)?;
+    let coracled = build::node(run.places, Daemon::Test)?;
     let mut command = cargo(run.places);
     command
         .args([
@@ -342,9 +350,12 @@ fn integration(run: &Run<'_>) -> Result<Command> {
             "coracle-integration",
         ])
         .env("CORACLED", &coracled)
-        .env("CORACLE", &coracle)
+        .env("CORACLE", coracled.with_file_name("coracle"))
         .env("CORACLE_BIN_DIR", coracled.parent().unwrap_or(&run.places.target))
         .env("RUST_TEST_THREADS", "1");
+    if run.flags.long {
+        command.env("CORACLE_LONG", "1");
+    }
     if let Some(filter) = &run.flags.filter {
         command.arg(filter);
     }

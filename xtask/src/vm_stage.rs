@@ -2,7 +2,7 @@
 //!
 //! A group of tests is one boot; two groups run at a time. All programs that are carried in are static.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -16,10 +16,16 @@ use crate::build::{self, Daemon};
 use crate::run::{Counts, parse_result, quiet};
 use crate::test::Run;
 use crate::tools::Tool;
-use crate::vm::Guest;
+use crate::vm::{Guest, Outcome};
 
 /// System calls of the guests are dear: every deadline of a test is multiplied by this.
 const SLOWNESS: u32 = 6;
+
+/// What the guest runs, a boot each; the filter may name one.
+const GROUPS: [&str; 3] = ["oci", "cri", "kubelet"];
+
+/// The CRI suite takes as long as all the rest, so it is run in as many boots.
+const CRI_SHARDS: usize = 2;
 
 /// Unit tests that go another way on an older kernel.
 const UNIT_TESTS: [&str; 4] = [
@@ -47,8 +53,19 @@ pub(crate) fn guest(run: &mut Run<'_>) -> Result<bool> {
         );
         return Ok(true);
     };
-    let mut groups = VecDeque::from([oci_group(run)?, cri_group(run)?]);
-    groups.extend(kubelet_group(run)?);
+    // The longest first: two boots at a time, and none that is left over at the end takes long.
+    let mut groups = VecDeque::new();
+    for shard in 0..CRI_SHARDS {
+        if is_wanted(run, "cri") {
+            groups.push_back(cri_group(run, shard)?);
+        }
+    }
+    if is_wanted(run, "oci") {
+        groups.push_back(oci_group(run)?);
+    }
+    if is_wanted(run, "kubelet") {
+        groups.extend(kubelet_group(run)?);
+    }
     let queue = Mutex::new(groups);
     let done = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
@@ -66,9 +83,7 @@ pub(crate) fn guest(run: &mut Run<'_>) -> Result<bool> {
     });
     let mut passed = true;
     for outcome in done.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        let (counts, group_passed) = outcome?;
-        run.count(counts);
-        passed &= group_passed;
+        passed &= tell(run, &outcome?);
     }
     Ok(passed)
 }
@@ -96,10 +111,60 @@ pub(crate) fn qemu(run: &mut Run<'_>) -> Result<bool> {
         .args(["-t", "900", "--", script])
         .output()
         .context("run integration/vm/qemu61")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    println!("{text}{}", String::from_utf8_lossy(&output.stderr));
-    run.count(counts_of(&text));
-    Ok(output.status.success())
+    let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.push_str(&String::from_utf8_lossy(&output.stderr));
+    let outcome = Outcome {
+        output: text,
+        status: output.status.code().unwrap_or(125),
+    };
+    println!("{}", outcome.output);
+    Ok(tell(run, &("qemu", outcome)))
+}
+
+/// Whether a group is run: all are, but where the filter is the name of one.
+fn is_wanted(run: &Run<'_>, group: &str) -> bool {
+    match run.flags.filter.as_deref() {
+        Some(filter) if GROUPS.contains(&filter) => filter == group,
+        _ => true,
+    }
+}
+
+/// Counts what a guest told, and passes on what it skipped; whether all of it passed.
+fn tell(run: &mut Run<'_>, (name, outcome): &(&'static str, Outcome)) -> bool {
+    let mut counts = Counts::default();
+    let mut skipped = BTreeMap::<&str, u32>::new();
+    for line in outcome.output.lines() {
+        counts.add(parse_result(line));
+        if let Some(what) = skipped_of(line) {
+            *skipped.entry(what).or_default() += 1;
+        }
+    }
+    run.count(counts);
+    for (what, times) in skipped {
+        let times = if times > 1 {
+            format!(" ({times} tests)")
+        } else {
+            String::new()
+        };
+        run.skip(format!("in the guest ({name}): {what}{times}"));
+    }
+    let passed = outcome.status == 0 && counts.failed == 0;
+    // A guest that ran nothing has not passed; with a filter most groups have nothing of that name.
+    if passed && counts.passed == 0 && filter(run).is_empty() {
+        println!("FAILED: {name}: no test ran");
+        return false;
+    }
+    passed
+}
+
+/// What a suite says of a test that it skipped, in any of its wordings.
+fn skipped_of(line: &str) -> Option<&str> {
+    // A harness with one thread has written the test's name already.
+    let line = line.rsplit_once(" ... ").map_or(line, |(_, rest)| rest).trim();
+    let rest = line
+        .strip_prefix("SKIPPED")
+        .or_else(|| line.strip_prefix("skipped"))?;
+    Some(rest.trim_start_matches([':', ',', ' ']))
 }
 
 /// The OCI suite on coracle; with `--long` on runc before it, to tell a wrong test from a wrong runtime.
@@ -143,10 +208,18 @@ fn oci_group(run: &mut Run<'_>) -> Result<Group> {
 }
 
 /// The CRI suite, on a daemon with failpoints.
-fn cri_group(run: &Run<'_>) -> Result<Group> {
+fn cri_group(run: &mut Run<'_>, shard: usize) -> Result<Group> {
     let share = share()?;
     carry_programs(run, share.path(), "cri")?;
-    let script = format!("{BEGIN} ./cri {} || failed=1; exit $failed", filter(run));
+    let mut client = "";
+    if let Some(dir) = run.tool(Tool::Criclient) {
+        carry(&dir.join("criclient"), share.path(), "criclient")?;
+        client = "CRICLIENT=$PWD/criclient";
+    }
+    let script = format!(
+        "{BEGIN} {client} CORACLE_TEST_SHARD={shard}/{CRI_SHARDS} ./cri {} || failed=1; exit $failed",
+        filter(run)
+    );
     Ok(Group {
         name: "cri",
         share,
@@ -164,10 +237,10 @@ fn kubelet_group(run: &mut Run<'_>) -> Result<Option<Group>> {
     let share = share()?;
     carry_programs(run, share.path(), "kubelet-test")?;
     carry(&dir.join("kubelet"), share.path(), "kubelet")?;
-    let tests = match (&run.flags.filter, run.flags.long) {
-        (Some(filter), _) => filter.as_str(),
-        (None, true) => "",
-        (None, false) => "a_pod_lives a_reboot",
+    let tests = match (filter(run), run.flags.long) {
+        ("", true) => "",
+        ("", false) => "a_pod_lives a_reboot",
+        (filter, _) => filter,
     };
     // A user-mode kernel tells no clock speed, and the kubelet's cAdvisor insists on one.
     let script = format!(
@@ -186,7 +259,7 @@ fn kubelet_group(run: &mut Run<'_>) -> Result<Option<Group>> {
 /// Everything lies on the guest's own disk: a host folder cannot hold what containers need.
 const BEGIN: &str = "cp -r /mnt/share /var/lib/suite; cd /var/lib/suite; failed=0; export CORACLED=$PWD/coracled CORACLE=$PWD/coracle CORACLE_BIN_DIR=$PWD;";
 
-fn boot(guest: &Guest, group: &Group, cpu: u32) -> Result<(Counts, bool)> {
+fn boot(guest: &Guest, group: &Group, cpu: u32) -> Result<(&'static str, Outcome)> {
     let start = Instant::now();
     let script = format!("export CORACLE_TEST_SLOW={SLOWNESS}; {}", group.script);
     let outcome = guest.run(
@@ -206,7 +279,7 @@ fn boot(guest: &Guest, group: &Group, cpu: u32) -> Result<(Counts, bool)> {
         outcome.status,
         start.elapsed().as_secs_f64()
     );
-    Ok((counts_of(&outcome.output), outcome.status == 0))
+    Ok((group.name, outcome))
 }
 
 /// `coracle`, `coracled` and one test program of the integration crate, named `name`.
@@ -234,12 +307,39 @@ fn share() -> Result<TempDir> {
         .context("make a folder for a guest")
 }
 
+/// The filter for names of tests: none where it names a group.
 fn filter<'r>(run: &'r Run<'_>) -> &'r str {
-    run.flags.filter.as_deref().unwrap_or_default()
+    let filter = run.flags.filter.as_deref().unwrap_or_default();
+    if GROUPS.contains(&filter) { "" } else { filter }
 }
 
-fn counts_of(output: &str) -> Counts {
-    let mut counts = Counts::default();
-    output.lines().for_each(|line| counts.add(parse_result(line)));
-    counts
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn skipped_tests_are_found_in_all_their_wordings() {
+        for (line, what) in [
+            (
+                "SKIPPED some_test here: no systemd",
+                Some("some_test here: no systemd"),
+            ),
+            (
+                "SKIPPED: no right to make a cgroup",
+                Some("no right to make a cgroup"),
+            ),
+            ("SKIPPED, all 12 tests: no root", Some("all 12 tests: no root")),
+            (
+                "skipped: overlay mounts need root",
+                Some("overlay mounts need root"),
+            ),
+            (
+                "test t ... SKIPPED t on runc: it differs",
+                Some("t on runc: it differs"),
+            ),
+            ("test a_skipped_one ... ok", None),
+        ] {
+            assert_eq!(skipped_of(line), what, "{line}");
+        }
+    }
 }

@@ -116,7 +116,7 @@ pub(crate) fn now_ns() -> i64 {
     i64::try_from(passed.as_nanos()).unwrap_or(i64::MAX)
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     bytes
         .iter()

@@ -37,6 +37,7 @@ use tracing::info;
 
 pub use crate::core::{EngineConfig, Parts};
 pub use error::{Cause, Error, Result};
+pub use monitor::seal_monitor_program;
 pub use recover::Report;
 
 use crate::core::Core;
@@ -233,7 +234,7 @@ impl Engine {
     /// Runs a command in a running container and returns what it wrote.
     pub async fn exec_sync(&self, request: ExecSyncRequest) -> Result<ExecSyncResponse> {
         let (id, pod) = self.0.registry.container(&request.container_id)?;
-        container::exec_sync(&pod, &id, &request.cmd, request.timeout).await
+        container::exec_sync(pod, id, request.cmd, request.timeout).await
     }
 
     /// Has the monitor open the log of a running container anew, after a rotation.

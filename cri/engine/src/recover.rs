@@ -283,34 +283,34 @@ async fn step(pod: &PodHandle, old_boot: bool) -> Result<()> {
 /// Takes a running pod over: hold of its containers first, which needs nobody, then its monitor.
 async fn adopt(pod: &PodHandle) -> Result<()> {
     let view = pod.view();
+    let mut gone = Vec::new();
     for container in view.containers.values() {
         let record = &container.record;
         let started = matches!(record.phase, ContainerPhase::Created | ContainerPhase::Started);
         if started && pod.hold(&record.id).is_none() && !container::retake_hold(pod, record).await? {
-            // Its init is gone: the monitor has the exit code, and says it below or never.
-            pod.tell(pod::Message::InitGone {
-                id: record.id.clone(),
-            });
+            gone.push(record.id.clone());
         }
     }
     let Some(monitor) = &view.record.monitor else {
         return pod.stop_for("MonitorLost").await;
     };
-    match Monitor::adopt(pod, monitor).await? {
-        Some(monitor) => {
-            pod.set_monitor(Some(monitor.clone()));
-            // A monitor that does not answer is served around until it does.
-            let _ = timeout(PATIENCE / 2, monitor.reconciled()).await;
-            Ok(())
-        }
-        None => {
-            warn!(
-                pod = pod.id(),
-                "the monitor died while the daemon was away, the pod is taken down"
-            );
-            pod.stop_for("MonitorLost").await
-        }
+    let Some(monitor) = Monitor::adopt(pod, monitor).await? else {
+        warn!(
+            pod = pod.id(),
+            "the monitor died while the daemon was away, the pod is taken down"
+        );
+        return pod.stop_for("MonitorLost").await;
+    };
+    pod.set_monitor(Some(monitor.clone()));
+    for id in gone {
+        // The monitor has the exit code, and says it below or never. Only with the monitor there it is waited for.
+        pod.tell(pod::Message::InitGone { id });
     }
+    // A monitor that does not answer is served around until it does.
+    if timeout(PATIENCE / 2, monitor.reconciled()).await.is_ok() {
+        monitor.upgrade_if_older(pod).await;
+    }
+    Ok(())
 }
 
 /// Removes what no record knows: writable layers, pod folders, networks, monitors.

@@ -1,6 +1,7 @@
 //! What clients are shown: immutable snapshots that each pod's task publishes, and their CRI messages.
 //!
-//! Status and List read nothing else. A snapshot is published after what it shows is on the disk.
+//! Status and List read nothing else (a verbose status also reads the container's bundle). A snapshot is published
+//! after what it shows is on the disk.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

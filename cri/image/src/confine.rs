@@ -416,9 +416,7 @@ mod tests {
     fn without_landlock_the_namespace_stands_alone() {
         confined(
             |layer| {
-                let no_landlock = no_landlock();
-                creds::set_no_new_privs().unwrap();
-                seccomp::load(&no_landlock, FilterFlags::empty()).unwrap();
+                take_away(syscall::LANDLOCK_CREATE_RULESET, Errno::ENOSYS);
                 let error = landlock::restrict_all(Network::None).unwrap_err();
                 assert_eq!(error.errno(), Errno::ENOSYS, "the filter is not in force");
                 Keep::Layer(layer.as_fd())
@@ -432,16 +430,30 @@ mod tests {
         );
     }
 
-    /// A filter that says that the kernel has no landlock_create_ruleset(2), 444 on every architecture.
-    fn no_landlock() -> Vec<Instruction> {
-        let step = |code, jf, k| Instruction { code, jt: 0, jf, k };
-        let enosys = 0x0005_0000 | Errno::ENOSYS.raw().unsigned_abs();
-        vec![
-            step(0x20, 0, 0),
-            step(0x15, 1, 444),
-            step(0x06, 0, enosys),
-            step(0x06, 0, 0x7fff_0000),
-        ]
+    #[test]
+    fn on_an_initramfs_a_chroot_takes_the_place_of_pivot_root() {
+        confined(
+            |layer| {
+                // What the kernel says where its root is an initramfs.
+                take_away(syscall::PIVOT_ROOT, Errno::EINVAL);
+                let host = path::open("/", OFlags::RDONLY | OFlags::DIRECTORY).unwrap();
+                let error = pivot::pivot_root(&host, &host, false).unwrap_err();
+                assert_eq!(error.errno(), Errno::EINVAL, "the filter is not in force");
+                Keep::Layer(layer.as_fd())
+            },
+            |root| {
+                path::open_at(&root, "inside", OFlags::RDONLY).unwrap();
+                for way_out in ["/etc/passwd", "/../etc/passwd", "../etc/passwd"] {
+                    path::open(way_out, OFlags::RDONLY).unwrap_err();
+                }
+            },
+        );
+    }
+
+    /// From now on the kernel answers this thread so.
+    fn take_away(call: u32, errno: Errno) {
+        creds::set_no_new_privs().unwrap();
+        seccomp::load(&seccomp::lacking_program(call, None, errno), FilterFlags::empty()).unwrap();
     }
 
     #[test]

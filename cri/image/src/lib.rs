@@ -59,4 +59,4 @@ pub use reference::Reference;
 pub use report::Limits;
 pub use store::{ImageStore, StoreOptions, StoreUsage};
 pub use worker::{WorkerError, worker_main};
-pub use workers::{Role, Worker, Workers};
+pub use workers::{Home, Role, Worker, Workers};

@@ -194,13 +194,19 @@ impl ImageStore {
         let Some(image) = self.resolve(name) else {
             return Ok(());
         };
-        if in_use(&image.id) {
-            return Err(ImageError::InUse(image.id.clone()));
-        }
         let key = image.id.hex().to_owned();
-        let left = self.inner.images().without(&key);
-        self.inner.commit(vec![Change::Delete { key }]).await?;
-        self.inner.publish(left);
+        // Out of sight first: whoever has found it by now has said that it uses it, and nobody finds it after this.
+        let before = self.inner.images();
+        self.inner.publish(before.without(&key));
+        let removed = if in_use(&image.id) {
+            Err(ImageError::InUse(image.id.clone()))
+        } else {
+            self.inner.commit(vec![Change::Delete { key }]).await
+        };
+        if let Err(error) = removed {
+            self.inner.publish(before);
+            return Err(error);
+        }
         let inner = Arc::clone(&self.inner);
         run_blocking(move || {
             let images = inner.images();
@@ -365,8 +371,8 @@ impl Inner {
         Arc::clone(&self.images.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn publish(&self, images: Images) {
-        *self.images.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(images);
+    fn publish(&self, images: impl Into<Arc<Images>>) {
+        *self.images.write().unwrap_or_else(PoisonError::into_inner) = images.into();
     }
 
     async fn commit(&self, changes: Vec<Change>) -> Result<(), ImageError> {

@@ -4,14 +4,16 @@
 //! handle is dropped; nothing that it leaves behind is visible to anyone.
 
 use std::ffi::{CString, OsStr};
+use std::fmt;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use coracle_kernel::exec::{Program, Spawn};
 use coracle_kernel::signal::Signal;
 use coracle_kernel::wait::{self, Id, Status};
-use coracle_kernel::{Error as KernelError, pidfd};
+use coracle_kernel::{Errno, Error as KernelError, pidfd};
 
 /// What a worker process is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,12 +27,18 @@ pub enum Role {
 }
 
 /// How workers are started.
-#[derive(Debug)]
 pub struct Workers {
     /// The daemon's own program.
     program: CString,
     /// Arguments in front of the role's name.
     args: Vec<CString>,
+    home: Mutex<Arc<Home>>,
+    make_home: Box<dyn Fn() -> Home + Send + Sync>,
+}
+
+/// The cgroup of the workers; none of both: the daemon's own.
+#[derive(Debug, Default)]
+pub struct Home {
     /// The cgroup v2 directory that they are born in.
     pub cgroup: Option<OwnedFd>,
     /// `cgroup.procs` files of v1 hierarchies that they write themselves to.
@@ -79,8 +87,18 @@ impl Workers {
         Workers {
             program: text(program.as_os_str()),
             args: args.iter().map(|arg| text(OsStr::new(arg))).collect(),
-            cgroup: None,
-            cgroup_procs: Vec::new(),
+            home: Mutex::default(),
+            make_home: Box::new(Home::default),
+        }
+    }
+
+    /// The same, in the cgroup that `make` makes: now, and again where somebody has removed it.
+    #[must_use]
+    pub fn at_home(self, make: impl Fn() -> Home + Send + Sync + 'static) -> Workers {
+        Workers {
+            home: Mutex::new(Arc::new(make())),
+            make_home: Box::new(make),
+            ..self
         }
     }
 
@@ -92,19 +110,47 @@ impl Workers {
         let mut numbered: Vec<_> = fds.iter().copied().zip(3..).collect();
         // What a worker has to say beside its answer (a panic) belongs in the daemon's log.
         numbered.push((stderr.as_fd(), 2));
-        let procs: Vec<_> = self.cgroup_procs.iter().map(|procs| procs.as_fd()).collect();
-        let child = Spawn {
-            fds: &numbered,
-            cgroup: self.cgroup.as_ref().map(|cgroup| cgroup.as_fd()),
-            cgroup_procs: &procs,
-            new_session: true,
-            ..Spawn::new(Program::Path(&self.program), &args)
-        }
-        .spawn()?;
+        let spawn = |home: &Home| {
+            let procs: Vec<_> = home.cgroup_procs.iter().map(|procs| procs.as_fd()).collect();
+            Spawn {
+                fds: &numbered,
+                cgroup: home.cgroup.as_ref().map(|cgroup| cgroup.as_fd()),
+                cgroup_procs: &procs,
+                new_session: true,
+                ..Spawn::new(Program::Path(&self.program), &args)
+            }
+            .spawn()
+        };
+        let home = Arc::clone(&self.home());
+        let child = match spawn(&home) {
+            // Of what a start opens, a removed cgroup alone answers so.
+            Err(error) if error.errno() == Errno::ENODEV => {
+                tracing::warn!(%error, "the cgroup of the image workers was removed, it is made anew");
+                let home = Arc::new((self.make_home)());
+                *self.home() = Arc::clone(&home);
+                spawn(&home)?
+            }
+            outcome => outcome?,
+        };
         Ok(Worker {
             pidfd: child.pidfd,
             reaped: false,
         })
+    }
+
+    fn home(&self) -> MutexGuard<'_, Arc<Home>> {
+        // Replaced in one step: a panic leaves it whole.
+        self.home.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Workers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Workers")
+            .field("program", &self.program)
+            .field("args", &self.args)
+            .field("home", &self.home)
+            .finish_non_exhaustive()
     }
 }
 

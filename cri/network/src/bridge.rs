@@ -144,7 +144,7 @@ impl Network {
         {
             // Pods reach this host and each other without it.
             tracing::warn!(%error, "packets of pods are not masqueraded");
-            state.no_masquerade = Some(error.to_string());
+            *lock(&self.no_masquerade) = Some(error.to_string());
         }
         state.ready = true;
         Ok(index)

@@ -177,14 +177,14 @@ pub struct Network {
     pool: Mutex<Pool>,
     /// Held while the bridge and its table come or go.
     bridge: Mutex<BridgeState>,
+    /// Why packets are not masqueraded though they should be: apart, so that a status waits for no netlink.
+    no_masquerade: Mutex<Option<String>>,
 }
 
 #[derive(Debug, Default)]
 struct BridgeState {
     /// It was made, or looked over, in this life of the daemon.
     ready: bool,
-    /// Why packets are not masqueraded though they should be.
-    no_masquerade: Option<String>,
 }
 
 /// What every pod's namespace gets unless told otherwise: ports below 1024 and ping without capabilities.
@@ -226,6 +226,7 @@ impl Network {
             book,
             pool,
             bridge,
+            no_masquerade: Mutex::default(),
         })
     }
 
@@ -346,7 +347,7 @@ impl Network {
                     .to_owned(),
             });
         }
-        if let Some(why) = &lock(&self.bridge).no_masquerade {
+        if let Some(why) = &*lock(&self.no_masquerade) {
             findings.push(Finding {
                 what: format!("packets of pods keep their own address outside of this host: {why}"),
                 cure: "a kernel with nf_tables and its nat and masq expressions, or a route back to the pods' subnet"

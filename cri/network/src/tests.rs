@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use coracle_kernel::mount_attr::Propagation;
 use coracle_kernel::mount_old::{self, Flags};
 use coracle_kernel::namespace::{self, Kind, Kinds};
+use coracle_kernel::{Errno, seccomp, syscall};
 
 use super::*;
 use crate::netns::inside;
@@ -70,7 +71,7 @@ fn attach(network: &Network, pod: &str) -> Attachment {
 fn isolated(test: impl FnOnce() + Send + 'static) {
     let thread = std::thread::spawn(|| {
         match namespace::unshare(Kinds::NETWORK | Kinds::MOUNT) {
-            Err(error) if error.errno() == coracle_kernel::Errno::EPERM => {
+            Err(error) if error.errno() == Errno::EPERM => {
                 eprintln!("SKIPPED: no right to make a network namespace");
                 return;
             }
@@ -230,6 +231,27 @@ fn sysctls_of_the_pod_override_and_others_are_refused_without_a_trace() {
             assert_eq!((links(), pins()), (vec![], vec![]), "{name}");
             assert!(lock(&book.rows).is_empty());
         }
+    });
+}
+
+#[test]
+fn without_nf_tables_pods_are_attached_and_the_status_says_what_is_missing() {
+    isolated(|| {
+        // AF_NETLINK sockets of the protocol NETLINK_NETFILTER (12) are what such a kernel refuses.
+        let program = seccomp::lacking_program(syscall::SOCKET, Some((2, 12)), Errno::EPROTONOSUPPORT);
+        seccomp::load(&program, seccomp::FilterFlags::empty()).unwrap();
+        let book = Arc::new(Book::default());
+        let network = network(&book);
+        attach(&network, "pod");
+        let status = network.status();
+        assert_eq!(status.not_ready, None);
+        let said = format!("{:?}", status.findings);
+        assert!(
+            said.contains("keep their own address") && said.contains("nf_tables"),
+            "{said}"
+        );
+        network.detach("pod").unwrap();
+        assert_eq!((links(), pins()), (vec![], vec![]));
     });
 }
 

@@ -47,9 +47,15 @@ pub(crate) fn check(flags: &Serve) -> Result<ExitCode> {
 
 fn kernel() -> (Weight, String) {
     match probe::kernel_version() {
-        Ok((major, minor)) if (major, minor) >= startup::OLDEST_KERNEL => {
-            (Weight::Good, format!("kernel {major}.{minor}"))
-        }
+        Ok((major, minor)) if (major, minor) >= startup::OLDEST_KERNEL => match probe::missing_call() {
+            None => (Weight::Good, format!("kernel {major}.{minor}")),
+            Some(call) => (
+                Weight::Bad,
+                format!(
+                    "kernel {major}.{minor} lacks the system call {call}: allow it in whatever runs coracled"
+                ),
+            ),
+        },
         Ok((major, minor)) => (
             Weight::Bad,
             format!("kernel {major}.{minor} is too old: install 5.14 or newer"),

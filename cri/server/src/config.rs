@@ -254,12 +254,28 @@ fn read_table(path: &Path) -> Result<Table> {
         path.display()
     );
     check_keys(path, &text)?;
-    toml::from_str(&text).with_context(|| format!("parse {}", path.display()))
+    // By itself, for the line of a value that cannot be.
+    toml::from_str::<Config>(&text).map_err(|error| in_one_line(path, &text, &error))?;
+    toml::from_str(&text).map_err(|error| in_one_line(path, &text, &error))
+}
+
+/// The parser's own words come with a picture of the place.
+fn in_one_line(path: &Path, text: &str, error: &toml::de::Error) -> anyhow::Error {
+    let number = line(text, error.span().unwrap_or_default().start);
+    let words: String = text
+        .lines()
+        .nth(number - 1)
+        .unwrap_or_default()
+        .chars()
+        .take(80)
+        .collect();
+    let message = error.message().replace('\n', ", ");
+    anyhow::anyhow!("{}:{number}: {:?}: {message}", path.display(), words.trim())
 }
 
 /// Names the first key that no section knows, with its line and the nearest known one.
 fn check_keys(path: &Path, text: &str) -> Result<()> {
-    let document = DeTable::parse(text).with_context(|| format!("parse {}", path.display()))?;
+    let document = DeTable::parse(text).map_err(|error| in_one_line(path, text, &error))?;
     let known = known_keys();
     for (section, value) in document.get_ref() {
         let DeValue::Table(keys) = value.get_ref() else {

@@ -9,8 +9,7 @@ use anyhow::{Context, Result};
 use coracle_cgroup::Host;
 use coracle_engine::spec_gen::{Defaults, UnsetSeccomp};
 use coracle_engine::{Engine, EngineConfig, Parts};
-use coracle_image::{Digest, ImageStore, PullOptions, StoreOptions, Workers};
-use coracle_kernel::fd;
+use coracle_image::{Digest, Home, ImageStore, PullOptions, StoreOptions, Workers};
 use coracle_network::{Bridge, Mode, Network, Subnet};
 use coracle_proto::admin::admin_server::AdminServer;
 use coracle_proto::cri::image_service_server::ImageServiceServer;
@@ -47,10 +46,15 @@ pub(crate) fn serve(flags: &Serve, config: &Config) -> Result<()> {
         .enable_all()
         .build()
         .context("start the async runtime")?;
-    runtime.block_on(run(flags, config, base))?;
+    let instance = base.instance.clone();
+    let outcome = runtime.block_on(run(flags, config, base));
     // Blocking work that still waits for something must not hold up the end.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    Ok(())
+    if outcome.is_err() {
+        // Refused after they were made.
+        leave_cgroups(&instance);
+    }
+    outcome
 }
 
 /// What is opened by blocking calls, before anything asynchronous runs.
@@ -117,7 +121,7 @@ async fn run(flags: &Serve, config: &Config, base: Base) -> Result<()> {
         images: Arc::clone(&images),
         snapshots,
         network: Arc::clone(&network),
-        monitor_program: fd::sealed_program(c"coracle", &program)
+        monitor_program: coracle_engine::seal_monitor_program(&program)
             .context("copy coracle into a sealed memfd")?,
     };
     let (engine, report) = Engine::open(engine_config, parts).await?;
@@ -126,7 +130,7 @@ async fn run(flags: &Serve, config: &Config, base: Base) -> Result<()> {
     }
 
     let socket = flags.socket.as_ref().unwrap_or(&config.server.socket);
-    let listener = startup::bind_socket(socket, &config.server.socket_group)?;
+    let listener = startup::bind_socket(socket, &config.server.socket_group, &directories.state)?;
     let listener = tokio::net::UnixListener::from_std(listener)?;
     let (pulls_sender, pulls) = watch::channel(pull_options(config));
     let shared = Shared {
@@ -154,10 +158,12 @@ async fn run(flags: &Serve, config: &Config, base: Base) -> Result<()> {
     let signals = tokio::spawn(handle_signals(path, pulls_sender, stop));
     info!(socket = %socket.display(), pods = report.pods, "serving");
     notify("READY=1");
-    let mut draining = stopped.clone();
+    let (mut draining, ending_engine) = (stopped.clone(), engine.clone());
     let serving = server.serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
         // The sender lives until it has said so; without it there is nobody left to wait for.
         let _ = draining.wait_for(|stop| *stop).await;
+        notify("STOPPING=1");
+        ending_engine.shut_down();
     });
     // First stage: nothing new, what runs may end. Second stage: the end all the same.
     let mut ending = stopped;
@@ -169,8 +175,6 @@ async fn run(flags: &Serve, config: &Config, base: Base) -> Result<()> {
         served = serving => served.context("serve")?,
         () = limit => warn!("calls that are still under way are cut off"),
     }
-    notify("STOPPING=1");
-    engine.shut_down();
     signals.abort();
     if engine.list_pod_sandboxes(None).is_empty() {
         leave_cgroups(&own);
@@ -227,13 +231,16 @@ fn open_store(path: &Path) -> Result<Store> {
 }
 
 async fn open_images(directories: &Directories, store: Store, instance: &str) -> Result<ImageStore> {
-    let mut workers = Workers::new(Path::new("/proc/self/exe"));
-    if let Err(error) = place_workers(&mut workers, instance) {
-        warn!(
-            error = format!("{error:#}"),
-            "image workers run in the daemon's own cgroup"
-        );
-    }
+    let instance = instance.to_owned();
+    let workers = Workers::new(Path::new("/proc/self/exe")).at_home(move || {
+        workers_home(&instance).unwrap_or_else(|error| {
+            warn!(
+                error = format!("{error:#}"),
+                "image workers run in the daemon's own cgroup"
+            );
+            Home::default()
+        })
+    });
     let options = StoreOptions {
         root: directories.root.clone(),
         workers,
@@ -243,15 +250,20 @@ async fn open_images(directories: &Directories, store: Store, instance: &str) ->
 }
 
 /// Workers are kept apart from the daemon: they must not starve it.
-fn place_workers(workers: &mut Workers, instance: &str) -> Result<()> {
+fn workers_home(instance: &str) -> Result<Home> {
     let host = Host::detect()?;
     let location = coracle_cgroup::workers_location(instance)?;
     let manager = coracle_cgroup::make_own(&host, &location, &coracle_cgroup::LinuxResources::default())?;
-    match manager.place()? {
-        coracle_cgroup::Placement::Into(directory) => workers.cgroup = Some(directory),
-        coracle_cgroup::Placement::AfterClone => workers.cgroup_procs = manager.entrances()?,
-    }
-    Ok(())
+    Ok(match manager.place()? {
+        coracle_cgroup::Placement::Into(directory) => Home {
+            cgroup: Some(directory),
+            cgroup_procs: Vec::new(),
+        },
+        coracle_cgroup::Placement::AfterClone => Home {
+            cgroup: None,
+            cgroup_procs: manager.entrances()?,
+        },
+    })
 }
 
 /// A daemon without pods leaves no group behind.

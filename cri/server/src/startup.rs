@@ -72,8 +72,13 @@ pub(crate) fn find_runtime(config: &Config) -> Result<PathBuf> {
     Ok(binary)
 }
 
-/// Binds the CRI socket: 0600, or 0660 with the configured group. A socket that nobody serves is replaced.
-pub(crate) fn bind_socket(socket: &Path, group: &str) -> Result<std::os::unix::net::UnixListener> {
+/// Binds the CRI socket: 0600, or 0660 with the configured group, which then may also pass the state directory where
+/// that is where it lies. A socket that nobody serves is replaced.
+pub(crate) fn bind_socket(
+    socket: &Path,
+    group: &str,
+    state: &Path,
+) -> Result<std::os::unix::net::UnixListener> {
     let dir = socket
         .parent()
         .filter(|d| !d.as_os_str().is_empty())
@@ -100,8 +105,15 @@ pub(crate) fn bind_socket(socket: &Path, group: &str) -> Result<std::os::unix::n
     let hidden = dir.join(hidden);
     fs::set_permissions(&hidden, fs::Permissions::from_mode(0o600))?;
     if !group.is_empty() {
-        std::os::unix::fs::chown(&hidden, None, Some(find_group(group)?))
+        let gid = find_group(group)?;
+        std::os::unix::fs::chown(&hidden, None, Some(gid))
             .with_context(|| format!("give the socket to group {group}"))?;
+        if dir == state {
+            std::os::unix::fs::chown(dir, None, Some(gid))
+                .with_context(|| format!("let group {group} pass {}", dir.display()))?;
+            fs::set_permissions(dir, fs::Permissions::from_mode(0o710))
+                .with_context(|| format!("let group {group} pass {}", dir.display()))?;
+        }
         fs::set_permissions(&hidden, fs::Permissions::from_mode(0o660))?;
     }
     fs::rename(&hidden, socket).with_context(|| format!("bind {}", socket.display()))?;
@@ -115,6 +127,12 @@ fn check_kernel() -> Result<()> {
         (major, minor) >= OLDEST_KERNEL,
         "Linux {major}.{minor} is too old: {need_major}.{need_minor} or newer is needed"
     );
+    if let Some(call) = probe::missing_call() {
+        bail!(
+            "this kernel lacks the system call {call}, or a filter denies it: \
+             all of Linux {need_major}.{need_minor} is needed"
+        );
+    }
     Ok(())
 }
 
@@ -203,12 +221,24 @@ mod tests {
     fn a_dead_socket_is_replaced_and_a_served_one_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("deep/er/coracle.sock");
-        drop(bind_socket(&socket, "").unwrap());
-        let served = bind_socket(&socket, "0").unwrap();
+        drop(bind_socket(&socket, "", dir.path()).unwrap());
+        let served = bind_socket(&socket, "0", dir.path()).unwrap();
         assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o660);
-        let refusal = bind_socket(&socket, "").unwrap_err().to_string();
+        let refusal = bind_socket(&socket, "", dir.path()).unwrap_err().to_string();
         assert!(refusal.contains("served by another process"), "{refusal}");
         drop(served);
-        bind_socket(&socket, "no-such-group").unwrap_err();
+        bind_socket(&socket, "no-such-group", dir.path()).unwrap_err();
+    }
+
+    #[test]
+    fn a_group_that_may_connect_may_pass_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path();
+        let mode = || fs::metadata(state).unwrap().permissions().mode() & 0o777;
+        fs::set_permissions(state, fs::Permissions::from_mode(0o700)).unwrap();
+        drop(bind_socket(&state.join("coracle.sock"), "", state).unwrap());
+        assert_eq!(mode(), 0o700);
+        drop(bind_socket(&state.join("coracle.sock"), "0", state).unwrap());
+        assert_eq!(mode(), 0o710);
     }
 }

@@ -272,12 +272,12 @@ mod tests {
         root
     }
 
-    /// The ways that the kernel has for layers below `root`: on a new one all of them.
-    fn ways(root: &Path) -> Vec<Way> {
-        let found = coracle_kernel::probe::overlay_layers(path::open_dir(root).unwrap()).unwrap();
+    /// The ways that this kernel has: a version is enough to know what has to work.
+    fn ways() -> Vec<Way> {
+        let version = coracle_kernel::probe::kernel_version().unwrap();
         let has = |way: &Way| match way {
-            Way::Descriptors => found.by_descriptor,
-            Way::Paths => found.by_path,
+            Way::Descriptors => version >= (6, 13),
+            Way::Paths => version >= (6, 7),
             Way::Legacy => true,
         };
         WAYS.into_iter().filter(has).collect()
@@ -320,7 +320,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let layers = layers(root.path(), 3);
         let snapshotter = Snapshotter::open(root.path(), MountApi::Auto).unwrap();
-        for way in ways(root.path()) {
+        for way in ways() {
             let plan = snapshotter.prepare("c1", &layers, Durability::Volatile).unwrap();
             let (mount, path) =
                 mount_one(&snapshotter, &plan, way).unwrap_or_else(|error| panic!("{way}: {error:?}"));
@@ -363,7 +363,7 @@ mod tests {
             let plan = snapshotter
                 .prepare("many", &all[..count], Durability::Volatile)
                 .unwrap();
-            for way in ways(&root) {
+            for way in ways() {
                 let (_mount, path) = mount_one(&snapshotter, &plan, way)
                     .unwrap_or_else(|error| panic!("{count}, {way}: {error:?}"));
                 assert_eq!(
@@ -411,7 +411,7 @@ mod tests {
             assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
             fs::write(path.join("x"), b"x").unwrap();
             let newest = match api {
-                MountApi::Auto => ways(root.path())[0],
+                MountApi::Auto => ways()[0],
                 MountApi::Legacy => Way::Legacy,
             };
             assert_eq!(snapshotter.way(), Some(newest));

@@ -6,13 +6,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use coracle_integration::cell::{run, wait_for};
-use coracle_integration::client::{Client, container_config, pod_config};
+use coracle_integration::client::Client;
+use coracle_integration::daemon::Server;
 use coracle_integration::image::{busybox_layout, pack};
+use coracle_integration::leaks;
+use coracle_integration::request::{container_config, pod_config};
 use coracle_proto::cri::Mount;
 
 /// Not a range that a node is likely to use, so that the demonstration gets in nobody's way.
@@ -29,11 +32,19 @@ fn main() -> Result<()> {
     let scratch = tempfile::Builder::new()
         .prefix("coracle-demo-")
         .tempdir_in("/var/tmp")?;
-    let instance = instance_of(&scratch.path().join("data"));
-    let before = Host::look(scratch.path(), &instance)?;
+    let mut server = Server::new(
+        &coracled,
+        scratch.path(),
+        &format!("[network]\nsubnet = {SUBNET:?}\n"),
+    )?;
+    server.log_level = "info";
+    let before = leaks::snapshot_here()?;
 
-    let mut daemon = Daemon::start(&coracled, scratch.path())?;
-    let client = daemon.connect()?;
+    let client = timed("start coracled", || {
+        server.start(Command::new(&coracled))?;
+        server.wait_serving()?;
+        Client::connect(&server.socket())
+    })?;
     let image = match reference {
         Some(reference) => {
             timed("pull the image", || Ok(client.pull(&reference)?))?;
@@ -47,7 +58,7 @@ fn main() -> Result<()> {
                 let mut command = Command::new(&coracled);
                 command
                     .args(["image", "import", "--name", IMAGE, "--socket"])
-                    .arg(daemon.socket())
+                    .arg(server.socket())
                     .arg(&tar);
                 run(&mut command)
             };
@@ -57,12 +68,10 @@ fn main() -> Result<()> {
     };
     pod(&client, scratch.path(), &image)?;
     drop(client);
-    daemon.stop()?;
-    let path = scratch.path().to_owned();
-    drop(scratch);
-
-    let left = Host::look(&path, &instance)?.minus(&before);
-    ensure!(left.is_empty(), "left behind: {left:#?}");
+    server.terminate()?;
+    leaks::check(&before, &leaks::snapshot_here()?)?;
+    drop(server);
+    scratch.close().context("remove the scratch directory")?;
     println!("\nNothing is left: no process, no mount, no network namespace, no link, no cgroup, no file.");
     Ok(())
 }
@@ -140,133 +149,4 @@ fn timed<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let value = work().with_context(|| what.to_owned())?;
     println!("{what:<36} {:>9.2} ms", start.elapsed().as_secs_f64() * 1e3);
     Ok(value)
-}
-
-/// A daemon of the demonstration's own.
-struct Daemon {
-    child: Child,
-    scratch: PathBuf,
-}
-
-impl Daemon {
-    fn start(program: &Path, scratch: &Path) -> Result<Self> {
-        let config = scratch.join("config.toml");
-        fs::write(&config, format!("[network]\nsubnet = {SUBNET:?}\n"))?;
-        let log = fs::File::create(scratch.join("coracled.log"))?;
-        let child = Command::new(program)
-            .args(["serve", "--network", "bridge", "--config"])
-            .arg(&config)
-            .arg("--root")
-            .arg(scratch.join("data"))
-            .arg("--state")
-            .arg(scratch.join("state"))
-            .arg("--socket")
-            .arg(scratch.join("coracle.sock"))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .with_context(|| format!("start {}", program.display()))?;
-        Ok(Self {
-            child,
-            scratch: scratch.to_owned(),
-        })
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.scratch.join("coracle.sock")
-    }
-
-    fn connect(&mut self) -> Result<Client> {
-        let log = self.scratch.join("coracled.log");
-        timed("start coracled", || {
-            wait_for("coracled", Duration::from_secs(20), || {
-                ensure!(
-                    self.child.try_wait()?.is_none(),
-                    "it ended: {}",
-                    fs::read_to_string(&log)?
-                );
-                Client::connect(&self.scratch.join("coracle.sock")).map(Some)
-            })
-        })
-    }
-
-    fn stop(&mut self) -> Result<()> {
-        run(Command::new("kill").arg(self.child.id().to_string()))?;
-        let status = self.child.wait()?;
-        ensure!(status.success(), "coracled ended with {status}");
-        Ok(())
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// What pods may leave on a host.
-struct Host(Vec<String>);
-
-impl Host {
-    /// Everything that carries the mark of this demonstration, its directory or its instance; and every mount and link.
-    fn look(scratch: &Path, instance: &str) -> Result<Self> {
-        let scratch = scratch.display().to_string();
-        let mut seen = Vec::new();
-        for entry in fs::read_dir("/proc")?.flatten() {
-            let pid = entry.file_name().to_string_lossy().into_owned();
-            if pid.bytes().all(|b| b.is_ascii_digit()) && pid != std::process::id().to_string() {
-                let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-                let command = String::from_utf8_lossy(&command).replace('\0', " ");
-                let groups = fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
-                if command.contains(&scratch) || groups.contains(instance) {
-                    seen.push(format!("process {pid} {command}"));
-                }
-            }
-        }
-        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-        let points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
-        seen.extend(
-            points
-                .filter(|p| p.contains(instance) || p.contains(&scratch))
-                .map(|point| format!("mount {point}")),
-        );
-        for (kind, dir) in [
-            ("network namespace", "/run/netns"),
-            ("link", "/sys/class/net"),
-            ("file", "/var/tmp"),
-        ] {
-            let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-            let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-            seen.extend(
-                names
-                    .filter(|n| n.contains(instance) || scratch.ends_with(n.as_str()))
-                    .map(|name| format!("{kind} {name}")),
-            );
-        }
-        let pattern = format!("*coracle/{instance}*");
-        let groups = run(Command::new("find").args(["/sys/fs/cgroup", "-type", "d", "-path", &pattern]))
-            .unwrap_or_default();
-        seen.extend(groups.lines().map(|path| format!("cgroup {path}")));
-        Ok(Self(seen))
-    }
-
-    fn minus(&self, before: &Self) -> Vec<String> {
-        self.0
-            .iter()
-            .filter(|item| !before.0.contains(item))
-            .cloned()
-            .collect()
-    }
-}
-
-/// How the daemon marks what is its own: by its data root.
-fn instance_of(root: &Path) -> String {
-    use sha2::{Digest, Sha256};
-    Sha256::digest(root.as_os_str().as_encoded_bytes())
-        .iter()
-        .take(4)
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use coracle_integration::{Node, Options, request, stretched};
 
 use crate::support::{eventually, join_all};
@@ -10,6 +10,7 @@ use crate::support::{eventually, join_all};
 crate::tests![
     output_and_exit_code,
     a_timeout_kills_the_whole_exec,
+    a_client_that_hangs_up_ends_its_command,
     children_that_hold_the_pipe_keep_nobody,
     a_flood_is_cut_below_the_message_limit,
     a_program_that_is_not_there,
@@ -57,12 +58,39 @@ async fn a_timeout_kills_the_whole_exec() -> Result<()> {
         .await
         .unwrap_err();
     let took = begun.elapsed();
-    let error = error.downcast_ref::<tonic::Status>().context("not a status")?;
     ensure!(error.code() == tonic::Code::DeadlineExceeded, "{error}");
     ensure!(took < stretched(Duration::from_secs(3)), "{took:?}");
     eventually(async || {
         let seen = String::from_utf8(node.exec(&id, &["ps"], 10).await?.stdout)?;
         ensure!(!seen.contains("515"), "{seen}");
+        Ok(())
+    })
+    .await?;
+    node.finish().await
+}
+
+async fn a_client_that_hangs_up_ends_its_command() -> Result<()> {
+    let (node, id) = running("hangup", "sleep 1000").await?;
+    let processes =
+        async || Ok::<_, anyhow::Error>(String::from_utf8(node.exec(&id, &["ps"], 10).await?.stdout)?);
+    {
+        let command = ["sh", "-c", "setsid sleep 7171 & sleep 7172"];
+        let mut call = std::pin::pin!(node.exec(&id, &command, 0));
+        let begun = async {
+            eventually(async || {
+                ensure!(processes().await?.contains("sleep 7172"), "it does not run");
+                Ok(())
+            })
+            .await
+        };
+        tokio::select! {
+            ended = &mut call => ensure!(false, "{ended:?}"),
+            begun = begun => begun?,
+        }
+    }
+    eventually(async || {
+        let seen = processes().await?;
+        ensure!(!seen.contains("sleep 717"), "{seen}");
         Ok(())
     })
     .await?;
@@ -139,7 +167,6 @@ async fn not_in_a_container_that_does_not_run() -> Result<()> {
         "in an exited one"
     );
     let error = node.exec(&"a".repeat(64), &["true"], 10).await.unwrap_err();
-    let error = error.downcast_ref::<tonic::Status>().context("not a status")?;
     ensure!(error.code() == tonic::Code::NotFound, "{error}");
     node.finish().await
 }

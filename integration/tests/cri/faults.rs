@@ -3,11 +3,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use coracle_integration::{Node, Options, request, stretched};
+use coracle_integration::image::ImageSpec;
+use coracle_integration::{Node, Options, leaks, request, stretched};
 use coracle_kernel::signal::{self, Signal};
 use coracle_proto::cri::{ContainerState, PodSandboxState};
 
-use crate::support::{eventually, info, join_all};
+use crate::support::{eventually, join_all, monitor_of};
 
 crate::tests![
     the_death_of_a_monitor_is_noticed_within_a_second,
@@ -16,12 +17,8 @@ crate::tests![
     the_daemon_may_be_stopped_for_long,
     status_and_list_are_quick_whatever_hangs,
     churn_leaves_nothing,
+    the_cgroup_of_the_workers_is_made_anew,
 ];
-
-async fn monitor_of(node: &Node, pod: &str) -> Result<i32> {
-    let pid = info(node, pod).await?["pid"].as_i64().context("no pid")?;
-    Ok(i32::try_from(pid)?)
-}
 
 async fn the_death_of_a_monitor_is_noticed_within_a_second() -> Result<()> {
     let node = Node::with_busybox(Options::default()).await?;
@@ -225,11 +222,32 @@ async fn churn_leaves_nothing() -> Result<()> {
                     _ => {}
                 }
                 node.stop_pod(&pod).await?;
-                node.remove_pod(&pod).await
+                node.remove_pod(&pod).await?;
+                Ok::<_, anyhow::Error>(())
             }
         });
         join_all(pods.collect()).await?;
     }
     ensure!(node.pod_ids().await?.is_empty(), "pods are listed still");
+    node.finish().await
+}
+
+/// Somebody tidies up empty cgroups: images come in all the same.
+async fn the_cgroup_of_the_workers_is_made_anew() -> Result<()> {
+    let node = Node::start(Options::default()).await?;
+    let groups = || -> Result<Vec<String>> {
+        let all = leaks::snapshot_here()?.of("cgroup");
+        Ok(all
+            .into_iter()
+            .filter(|path| path.ends_with("/workers"))
+            .collect())
+    };
+    let before = groups()?;
+    ensure!(!before.is_empty(), "the workers have no cgroup");
+    for group in &before {
+        std::fs::remove_dir(group)?;
+    }
+    node.import(&ImageSpec::busybox(request::BUSYBOX)).await?;
+    ensure!(groups()? == before, "the workers were in {:?}", groups()?);
     node.finish().await
 }

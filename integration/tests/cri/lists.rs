@@ -24,7 +24,7 @@ async fn stats() -> Result<()> {
         .await?;
     eventually(async || {
         let all = node
-            .runtime()?
+            .runtime()
             .list_container_stats(ListContainerStatsRequest::default())
             .await?
             .into_inner()
@@ -55,7 +55,7 @@ async fn stats() -> Result<()> {
         container_id: id.clone(),
     };
     ensure!(
-        node.runtime()?
+        node.runtime()
             .container_stats(one)
             .await?
             .into_inner()
@@ -81,7 +81,7 @@ async fn filters() -> Result<()> {
     let list = async |filter: ContainerFilter| -> Result<Vec<String>> {
         let request = ListContainersRequest { filter: Some(filter) };
         let found = node
-            .runtime()?
+            .runtime()
             .list_containers(request)
             .await?
             .into_inner()

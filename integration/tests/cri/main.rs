@@ -12,19 +12,26 @@ mod hostile;
 mod kill9;
 mod lists;
 mod logs;
+mod monitors;
+mod mutations;
+mod oracle;
 mod pods;
+mod refused;
 mod restart;
+mod single;
 mod stop;
 mod support;
 
 use std::future::Future;
 use std::path::Path;
 use std::pin::Pin;
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use coracle_integration::{Snapshot, node};
+use coracle_integration::leaks::{self, Snapshot};
+use coracle_integration::node;
 use coracle_kernel::mount_attr::Propagation;
 use coracle_kernel::mount_old::{self, Flags};
 use coracle_kernel::namespace::{self, Kinds};
@@ -38,7 +45,10 @@ type Running = Pin<Box<dyn Future<Output = Result<()>>>>;
 /// A test: what it leaves behind is looked for afterwards.
 pub(crate) struct Test {
     name: String,
-    run: Box<dyn Fn() -> Running>,
+    /// It may run side by side with others: it measures no time.
+    beside: bool,
+    // Called in the one process that runs it; the runner's threads want the names alone.
+    run: Box<dyn Fn() -> Running + Sync>,
 }
 
 /// A list of tests out of async functions.
@@ -54,11 +64,17 @@ pub(crate) use tests;
 
 impl Test {
     /// A test of this name.
-    pub(crate) fn new(name: impl Into<String>, run: impl Fn() -> Running + 'static) -> Test {
+    pub(crate) fn new(name: impl Into<String>, run: impl Fn() -> Running + Sync + 'static) -> Test {
         Test {
             name: name.into(),
+            beside: false,
             run: Box::new(run),
         }
+    }
+
+    /// The same, and it may run side by side with others.
+    pub(crate) fn beside(self) -> Test {
+        Test { beside: true, ..self }
     }
 }
 
@@ -75,8 +91,13 @@ fn main() -> ExitCode {
         exec::all(),
         logs::all(),
         hostile::all(),
+        mutations::all(),
+        refused::all(),
         restart::all(),
         faults::all(),
+        single::all(),
+        oracle::all(),
+        monitors::all(),
         kill9::all(),
     ];
     let wanted: Vec<Test> = all
@@ -89,7 +110,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if let Some(why) = impossible() {
-        println!("SKIPPED, all {} tests: {why}", wanted.len());
+        coracle_integration::skipped(&format!("all {} tests of the CRI suite: {why}", wanted.len()));
         return ExitCode::SUCCESS;
     }
     // Each test in a process of its own, and so in namespaces of its own: none finds a link or route of another.
@@ -105,23 +126,12 @@ fn main() -> ExitCode {
             }
         };
     }
-    let mut failed = Vec::new();
+    let (shard, shards) = shard();
+    let wanted: Vec<Test> = wanted.into_iter().skip(shard).step_by(shards).collect();
     let begun = Instant::now();
-    for test in &wanted {
-        let started = Instant::now();
-        let passed = std::env::current_exe()
-            .and_then(|own| Command::new(own).env(ONE, &test.name).status())
-            .is_ok_and(|status| status.success());
-        let word = if passed { "ok" } else { "FAILED" };
-        println!(
-            "test {} ... {word} ({:.2} s)",
-            test.name,
-            started.elapsed().as_secs_f64()
-        );
-        if !passed {
-            failed.push(&test.name);
-        }
-    }
+    let (beside, alone): (Vec<&Test>, Vec<&Test>) = wanted.iter().partition(|test| test.beside);
+    let mut failed = run_all(&alone, 1);
+    failed.extend(run_all(&beside, jobs()));
     let passed = wanted.len() - failed.len();
     println!(
         "\ntest result: {}. {passed} passed; {} failed; finished in {:.0} s",
@@ -137,8 +147,60 @@ fn main() -> ExitCode {
     }
 }
 
+/// `CORACLE_TEST_SHARD=i/n`: every n-th test from the i-th on, for several machines that share the suite.
+fn shard() -> (usize, usize) {
+    let Ok(text) = std::env::var("CORACLE_TEST_SHARD") else {
+        return (0, 1);
+    };
+    let parts = text
+        .split_once('/')
+        .and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+    parts
+        .filter(|(i, n)| i < n)
+        .unwrap_or_else(|| panic!("CORACLE_TEST_SHARD={text}: not i/n with i below n"))
+}
+
+/// Tests that wait for disks and for nothing else are run several at a time.
+fn jobs() -> usize {
+    match std::thread::available_parallelism().map_or(1, std::num::NonZero::get) {
+        1 => 1,
+        processors => (2 * processors).min(8),
+    }
+}
+
+/// Runs the tests, `jobs` at a time; the names of those that failed.
+fn run_all(tests: &[&Test], jobs: usize) -> Vec<String> {
+    let queue = Mutex::new(tests.iter().map(|test| test.name.as_str()));
+    let failed = Mutex::new(Vec::new());
+    // A panic in one of the threads ends the run when the scope does.
+    let next = || queue.lock().ok()?.next();
+    std::thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                while let Some(name) = next() {
+                    let started = Instant::now();
+                    let output = std::env::current_exe()
+                        .and_then(|own| Command::new(own).env(ONE, name).stderr(Stdio::inherit()).output());
+                    let passed = output.as_ref().is_ok_and(|output| output.status.success());
+                    let word = if passed { "ok" } else { "FAILED" };
+                    let said = output.map_or_else(
+                        |error| format!("    {error}\n"),
+                        |output| String::from_utf8_lossy(&output.stdout).into_owned(),
+                    );
+                    let took = started.elapsed().as_secs_f64();
+                    println!("{said}test {name} ... {word} ({took:.2} s)");
+                    if let (false, Ok(mut failed)) = (passed, failed.lock()) {
+                        failed.push(name.to_owned());
+                    }
+                }
+            });
+        }
+    });
+    failed.into_inner().unwrap_or_default()
+}
+
 fn run(test: &Test) -> Result<()> {
-    let before = Snapshot::take()?;
+    let before = leaks::snapshot_here()?;
     // A runtime of its own: no task of one test lives on in the next.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -159,7 +221,7 @@ fn run(test: &Test) -> Result<()> {
 fn settle(before: &Snapshot) -> Result<()> {
     let begun = Instant::now();
     loop {
-        let outcome = Snapshot::take()?.check_no_more_than(before);
+        let outcome = leaks::check(before, &leaks::snapshot_here()?);
         if outcome.is_ok() || begun.elapsed() > coracle_integration::stretched(Duration::from_secs(3)) {
             return outcome;
         }
@@ -173,15 +235,15 @@ fn settle(before: &Snapshot) -> Result<()> {
 
 /// A test that failed must not spoil the next ones: what its daemons left is killed and removed.
 fn sweep() {
-    let Ok(now) = Snapshot::take() else { return };
-    for process in &now.processes {
+    let Ok(now) = leaks::snapshot_here() else { return };
+    for process in now.of("process") {
         if let Some(pid) = process.split(' ').next().and_then(|pid| pid.parse().ok()) {
             let _ = coracle_kernel::signal::kill(pid, coracle_kernel::signal::Signal::KILL);
         }
     }
     #[allow(clippy::disallowed_methods, reason = "after a failure alone")]
     std::thread::sleep(Duration::from_millis(200));
-    for cgroup in now.cgroups.iter().rev() {
+    for cgroup in now.of("cgroup").iter().rev() {
         let _ = std::fs::remove_dir(cgroup);
     }
 }

@@ -1,21 +1,23 @@
 //! The daemon dies and comes back; so does the node.
 
-use std::collections::BTreeSet;
+use std::io::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use coracle_integration::{Node, Options, Snapshot, request, stretched};
+use coracle_integration::leaks::{self, Snapshot};
+use coracle_integration::{Node, Options, request, stretched};
 use coracle_kernel::mount_old::{self, Flags};
 use coracle_kernel::signal::{self, Signal};
-use coracle_proto::cri::{ContainerState, PodSandboxState, ReopenContainerLogRequest};
+use coracle_proto::cri::{ContainerState, Mount, PodSandboxState, ReopenContainerLogRequest};
 
-use crate::support::eventually;
+use crate::support::{eventually, monitor_of};
 
 crate::tests![
     pods_live_on,
     an_exit_while_the_daemon_is_away_is_known_afterwards,
     no_byte_of_a_log_is_lost,
+    a_new_runtime_reaches_running_pods,
     a_clean_shutdown_leaves_the_pods,
     a_created_container_is_started_by_the_next_daemon,
     after_a_reboot_nothing_is_ready_and_nothing_is_left,
@@ -69,23 +71,25 @@ async fn an_exit_while_the_daemon_is_away_is_known_afterwards() -> Result<()> {
     let mut node = Node::with_busybox(Options::default()).await?;
     let config = request::pod("away", &node.logs);
     let pod = node.run_pod(&config).await?;
-    let script = "while [ ! -e /dev/shm/go ]; do sleep 0.02; done; exit 42";
-    let id = node
-        .run_container(&pod, &request::container("main", script), &config)
-        .await?;
+    let host = node.dir.join("volume");
+    std::fs::create_dir_all(&host)?;
+    let script = "while [ ! -e /v/go ]; do sleep 0.02; done; echo going; exit 42";
+    let mut main = request::container("main", script);
+    main.mounts = vec![Mount {
+        host_path: host.to_string_lossy().into_owned(),
+        container_path: "/v".into(),
+        ..Default::default()
+    }];
+    let id = node.run_container(&pod, &main, &config).await?;
     let other = node
         .run_container(&pod, &request::container("other", "sleep 1000"), &config)
         .await?;
-    node.exec(
-        &other,
-        &["sh", "-c", "(sleep 0.5; touch /dev/shm/go) > /dev/null 2>&1 &"],
-        10,
-    )
-    .await
-    .ok();
-    node.exec(&other, &["touch", "/dev/shm/go"], 10).await?;
+    let running = node.status(&id).await?;
+    // It ends when nobody is there to see it.
     node.kill()?;
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    std::fs::write(host.join("go"), "")?;
+    node.wait_log(&running, "going", Duration::from_secs(10)).await?;
+    tokio::time::sleep(Duration::from_millis(100)).await;
     node.spawn().await?;
     let status = node.wait_exit(&id, Duration::from_secs(5)).await?;
     ensure!(status.exit_code == 42 && status.reason == "Error", "{status:?}");
@@ -117,8 +121,59 @@ async fn no_byte_of_a_log_is_lost() -> Result<()> {
     ensure!(log.lines().count() == LINES + 1, "{} lines", log.lines().count());
     let request = ReopenContainerLogRequest { container_id: id };
     ensure!(
-        node.runtime()?.reopen_container_log(request).await.is_err(),
+        node.runtime().reopen_container_log(request).await.is_err(),
         "an exited container's log was reopened"
+    );
+    node.finish().await
+}
+
+async fn a_new_runtime_reaches_running_pods() -> Result<()> {
+    const LINES: usize = 1_000_000;
+    let mut node = Node::with_busybox(Options::default()).await?;
+    let config = request::pod("upgrade", &node.logs);
+    let pod = node.run_pod(&config).await?;
+    let writer = request::container("main", &format!("seq 1 {LINES}; exit 7"));
+    let id = node.run_container(&pod, &writer, &config).await?;
+    let program = |pid: i32| std::fs::read_link(format!("/proc/{pid}/exe"));
+    let monitor = monitor_of(&node, &pod).await?;
+    let before = program(monitor)?;
+    node.restart().await?;
+    ensure!(program(monitor)? == before, "the same program was executed again");
+
+    // The same code with one byte behind its end: another program.
+    let next = node.dir.join("coracle");
+    std::fs::copy(coracle_integration::node::binary("coracle"), &next)?;
+    std::fs::OpenOptions::new()
+        .append(true)
+        .open(&next)?
+        .write_all(b"\n")?;
+    let drop_ins = node.dir.join("config.d");
+    std::fs::create_dir_all(&drop_ins)?;
+    let text = format!("[runtime]\nbinary = {:?}\n", next.display().to_string());
+    std::fs::write(drop_ins.join("runtime.toml"), text)?;
+    node.restart().await?;
+    ensure!(
+        monitor_of(&node, &pod).await? == monitor && program(monitor)? != before,
+        "the monitor runs {} still",
+        before.display()
+    );
+    let status = node.wait_exit(&id, Duration::from_secs(60)).await?;
+    ensure!(status.exit_code == 7, "{status:?}");
+    let log = std::fs::read_to_string(&status.log_path)?;
+    let mut expected = 1;
+    for line in log.lines() {
+        let number = line.rsplit(' ').next().and_then(|number| number.parse().ok());
+        ensure!(number == Some(expected), "after {} came {line:?}", expected - 1);
+        expected += 1;
+    }
+    ensure!(expected == LINES + 1, "{} lines", expected - 1);
+    // What the monitor is now makes containers and runs commands in them.
+    let more = node
+        .run_container(&pod, &request::container("more", "sleep 1000"), &config)
+        .await?;
+    ensure!(
+        node.exec(&more, &["echo", "alive"], 10).await?.stdout == b"alive\n",
+        "no exec"
     );
     node.finish().await
 }
@@ -162,7 +217,7 @@ async fn a_created_container_is_started_by_the_next_daemon() -> Result<()> {
 }
 
 async fn after_a_reboot_nothing_is_ready_and_nothing_is_left() -> Result<()> {
-    let before = Snapshot::take()?;
+    let before = leaks::snapshot_here()?;
     let mut node = Node::with_busybox(Options::default()).await?;
     let config = request::pod("reboot", &node.logs);
     let pod = node.run_pod(&config).await?;
@@ -213,27 +268,28 @@ async fn after_a_reboot_nothing_is_ready_and_nothing_is_left() -> Result<()> {
 /// What a power cut takes: every process, the state directory, namespaces, links, cgroups.
 fn power_cut(node: &Node, before: &Snapshot) -> Result<()> {
     for _ in 0..100 {
-        let now = Snapshot::take()?;
-        for process in now.processes.difference(&before.processes) {
+        let now = leaks::snapshot_here()?;
+        let added = |kind: &str| {
+            now.of(kind)
+                .difference(&before.of(kind))
+                .cloned()
+                .collect::<Vec<_>>()
+        };
+        let (processes, cgroups) = (added("process"), added("cgroup"));
+        for process in &processes {
             if let Some(pid) = process.split(' ').next().and_then(|pid| pid.parse().ok()) {
                 let _ = signal::kill(pid, Signal::KILL);
             }
         }
-        for cgroup in now
-            .cgroups
-            .difference(&before.cgroups)
-            .collect::<BTreeSet<_>>()
-            .into_iter()
-            .rev()
-        {
+        for cgroup in cgroups.iter().rev() {
             let _ = std::fs::remove_dir(cgroup);
         }
-        for namespace in now.namespaces.difference(&before.namespaces) {
+        for namespace in added("network namespace") {
             let path = Path::new("/run/netns").join(namespace);
             let _ = coracle_kernel::mount::detach(&path);
             let _ = std::fs::remove_file(path);
         }
-        if now.processes == before.processes && now.cgroups == before.cgroups {
+        if processes.is_empty() && cgroups.is_empty() {
             break;
         }
         #[allow(
@@ -296,7 +352,7 @@ async fn with_both_copies_lost_nothing_is_left() -> Result<()> {
     std::fs::remove_file(node.state().join("volatile.db"))?;
     node.spawn().await?;
     eventually(async || {
-        let left = coracle_integration::oracle::pod_files(&node.root(), &node.state());
+        let left = leaks::pod_files(&node.dir);
         ensure!(node.pod_ids().await?.is_empty() && left.is_empty(), "{left:?}");
         Ok(())
     })

@@ -32,7 +32,7 @@ pub(crate) async fn eventually(mut attempt: impl AsyncFnMut() -> Result<()>) -> 
 }
 
 /// Runs all side by side; the first failure counts.
-pub(crate) async fn join_all<T>(futures: Vec<impl Future<Output = Result<T>>>) -> Result<Vec<T>> {
+pub(crate) async fn join_all<T, E>(futures: Vec<impl Future<Output = Result<T, E>>>) -> Result<Vec<T>, E> {
     let mut pinned: Vec<_> = futures.into_iter().map(Box::pin).collect();
     let mut done: Vec<Option<T>> = pinned.iter().map(|_| None).collect();
     std::future::poll_fn(|context| {
@@ -65,10 +65,15 @@ pub(crate) async fn info(node: &Node, pod: &str) -> Result<serde_json::Value> {
         verbose: true,
     };
     let info = node
-        .runtime()?
+        .runtime()
         .pod_sandbox_status(request)
         .await?
         .into_inner()
         .info;
     Ok(serde_json::from_str(info.get("info").context("no info")?)?)
+}
+
+pub(crate) async fn monitor_of(node: &Node, pod: &str) -> Result<i32> {
+    let pid = info(node, pod).await?["pid"].as_i64().context("no pid")?;
+    Ok(i32::try_from(pid)?)
 }

@@ -69,7 +69,10 @@ func run(socket, image, dir string) error {
 		{"sandbox status", s.sandboxStatus},
 		{"container life", s.containerLife},
 		{"not found", s.notFound},
+		{"unimplemented", s.unimplemented},
 		{"stop and remove", s.stopAndRemove},
+		{"PullImage", s.pullImage},
+		{"RemoveImage", s.removeImage},
 	}
 	for _, step := range steps {
 		start := time.Now()
@@ -306,6 +309,56 @@ func (s *suite) stopAndRemove() error {
 		if err := s.runtime.RemovePodSandbox(s.ctx, s.sandbox); err != nil {
 			return fmt.Errorf("remove: %w", err)
 		}
+	}
+	return nil
+}
+
+// What this release lacks is refused by code and with a text, and not left unanswered.
+func (s *suite) unimplemented() error {
+	for name, call := range map[string]func() error{
+		"CheckpointContainer": func() error {
+			return s.runtime.CheckpointContainer(s.ctx, &runtimeapi.CheckpointContainerRequest{ContainerId: "0000", Location: filepath.Join(s.dir, "checkpoint")})
+		},
+		"PodSandboxStats": func() error {
+			_, err := s.runtime.PodSandboxStats(s.ctx, s.sandbox)
+			return err
+		},
+		"ListMetricDescriptors": func() error {
+			_, err := s.runtime.ListMetricDescriptors(s.ctx)
+			return err
+		},
+	} {
+		err := call()
+		if status.Code(err) != codes.Unimplemented || !strings.Contains(status.Convert(err).Message(), name) {
+			return fmt.Errorf("%s: %v", name, err)
+		}
+	}
+	return nil
+}
+
+// A registry that nobody serves: the error comes soon and names it.
+func (s *suite) pullImage() error {
+	start := time.Now()
+	_, err := s.images.PullImage(s.ctx, &runtimeapi.ImageSpec{Image: "127.0.0.1:1/nothing:latest"}, nil, s.config)
+	if err == nil || status.Code(err) == codes.Unimplemented || !strings.Contains(err.Error(), "127.0.0.1:1") {
+		return fmt.Errorf("from a registry that is not there: %v", err)
+	}
+	if took := time.Since(start); took > time.Minute {
+		return fmt.Errorf("a refused connection took %v", took)
+	}
+	return nil
+}
+
+func (s *suite) removeImage() error {
+	spec := &runtimeapi.ImageSpec{Image: s.image}
+	for range 2 {
+		if err := s.images.RemoveImage(s.ctx, spec); err != nil {
+			return err
+		}
+	}
+	st, err := s.images.ImageStatus(s.ctx, spec, false)
+	if err != nil || st.Image != nil {
+		return fmt.Errorf("it is there still: %v, %v", st, err)
 	}
 	return nil
 }

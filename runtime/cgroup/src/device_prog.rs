@@ -41,10 +41,9 @@ pub(crate) fn attach(dir: &Dir, rules: &[DeviceRule], fresh: bool) -> Result<()>
     let attach = |replace| bpf::attach_device_program(&cgroup, program.as_fd(), replace);
     match attach(replaced.as_ref().map(std::os::fd::AsFd::as_fd)) {
         Ok(()) => {}
-        // It went away meanwhile, or was attached in a way that cannot be replaced.
-        Err(error) if replaced.is_some() && matches!(error.errno(), Errno::ENOENT | Errno::EPERM) => {
+        // It went away meanwhile.
+        Err(error) if replaced.is_some() && error.errno() == Errno::ENOENT => {
             attach(None).map_err(failed("attach the device program of"))?;
-            others.extend(replaced);
         }
         Err(source) => return Err(failed("attach the device program of")(source)),
     }

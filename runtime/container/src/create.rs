@@ -68,9 +68,6 @@ pub struct Options<'a> {
     pub no_pivot: bool,
     /// Stay in the caller's session keyring.
     pub no_new_keyring: bool,
-    /// The mount namespace that the container's is a copy of, and in which paths are resolved; the caller's where there
-    /// is none.
-    pub mount_namespace: Option<OwnedFd>,
 }
 
 /// What to create and keep in a store.
@@ -255,7 +252,6 @@ pub fn create(options: Options<'_>, cgroup: &dyn Manager) -> Result<Created> {
         parent: options.parent,
         console: options.console,
         hooks_cwd: Some(hooks_cwd),
-        mount_namespace: options.mount_namespace,
     };
     Ok(Created {
         newborn: launch(launching, cgroup)?,
@@ -359,7 +355,6 @@ fn make(
             listen_fds: options.listen_fds,
             no_pivot: options.no_pivot,
             no_new_keyring: options.no_new_keyring,
-            mount_namespace: None,
         },
         cgroup,
     )?;

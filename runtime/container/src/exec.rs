@@ -125,7 +125,6 @@ pub fn exec(options: ExecOptions<'_>, cgroup: &dyn Manager) -> Result<Executed> 
         parent: options.parent,
         console: options.console,
         hooks_cwd: None,
-        mount_namespace: None,
     };
     Ok(Executed {
         newborn: launch(launching, cgroup)?,
@@ -199,6 +198,7 @@ fn is_busy(error: &Error) -> bool {
             failure.step == Step::CreateNamespaces && failure.errno == Some(Errno::EBUSY)
         }
         Error::Launch(LaunchError::Cgroup(error)) => error.errno() == Some(Errno::EBUSY),
+        Error::Launch(LaunchError::Call { source, .. }) => source.errno() == Errno::EBUSY,
         _ => false,
     }
 }

@@ -249,8 +249,14 @@ impl Entry {
     fn replace(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let new = format!(".{name}");
         let write = || {
-            gone(path::unlink(&self.dir, &new))?;
-            let file = path::create_file_at(&self.dir, &new, 0o600)?;
+            let file = match path::create_file_at(&self.dir, &new, 0o600) {
+                // Of a call that was killed before its rename.
+                Err(error) if error.errno() == Errno::EEXIST => {
+                    gone(path::unlink(&self.dir, &new))?;
+                    path::create_file_at(&self.dir, &new, 0o600)?
+                }
+                other => other?,
+            };
             let mut rest = bytes;
             while !rest.is_empty() {
                 let written = coracle_kernel::fd::write(&file, rest)

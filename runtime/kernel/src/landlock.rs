@@ -170,6 +170,16 @@ mod tests {
     use crate::path::{self, OFlags};
     use std::fs;
 
+    fn is_usable() -> bool {
+        let version = abi();
+        let usable = version.is_some_and(|version| version >= FIRST_USABLE);
+        eprintln!(
+            "{}Landlock ABI: {version:?}",
+            if usable { "" } else { "SKIPPED: " }
+        );
+        usable
+    }
+
     /// Landlock binds the thread that asks for it and its children alone, so a thread of its own is enough.
     fn in_thread<T: Send + 'static>(body: impl FnOnce() -> T + Send + 'static) -> T {
         std::thread::spawn(body).join().unwrap()
@@ -177,7 +187,7 @@ mod tests {
 
     #[test]
     fn one_directory_stays_writable_and_the_rest_is_gone() {
-        if abi().is_none_or(|version| version < FIRST_USABLE) {
+        if !is_usable() {
             return;
         }
         let base = std::env::temp_dir().join(format!("coracle-landlock-{}", std::process::id()));
@@ -199,7 +209,7 @@ mod tests {
 
     #[test]
     fn everything_can_be_given_up_but_what_is_open() {
-        if abi().is_none_or(|version| version < FIRST_USABLE) {
+        if !is_usable() {
             return;
         }
         in_thread(|| {

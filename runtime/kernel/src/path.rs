@@ -343,7 +343,8 @@ pub fn change_root(dir: impl AsFd) -> Result<()> {
 
 /// Reads a descriptor to its end, at most `limit` bytes (`EFBIG` above).
 pub(crate) fn read_limited(fd: OwnedFd, limit: usize) -> std::result::Result<Vec<u8>, Errno> {
-    let mut content = Vec::new();
+    // Begun with nothing, the reads would be as many as it takes to double 32 bytes until all has room.
+    let mut content = Vec::with_capacity(limit.min(8 << 10));
     let bound = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
     let read = std::fs::File::from(fd).take(bound).read_to_end(&mut content);
     match read {

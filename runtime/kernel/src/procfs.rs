@@ -131,6 +131,7 @@ fn sysctl_path(name: &str) -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{seccomp, syscall};
 
     #[test]
     fn sysctl_names_become_paths() {
@@ -183,5 +184,18 @@ mod tests {
         Procfs::from_root(below).unwrap_err();
         let other = path::open("/", OFlags::PATH).unwrap();
         Procfs::from_root(other).unwrap_err();
+    }
+
+    #[test]
+    fn where_a_private_one_is_refused_the_visible_one_serves() {
+        let thread = std::thread::spawn(|| {
+            let program = seccomp::lacking_program(syscall::FSOPEN, None, Errno::EPERM);
+            crate::creds::set_no_new_privs().unwrap();
+            seccomp::load(&program, seccomp::FilterFlags::empty()).unwrap();
+            assert_eq!(Procfs::private().unwrap_err().errno(), Errno::EPERM);
+            let name = Procfs::open().unwrap().read("thread-self/comm", 64).unwrap();
+            assert!(!name.is_empty());
+        });
+        thread.join().unwrap();
     }
 }

@@ -2,7 +2,7 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
 use rustix::net::{
     self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
@@ -14,9 +14,6 @@ use crate::fd::{number, show};
 
 /// Most descriptors in one message of ours (the kernel's own limit is 253).
 pub const MAX_FDS: usize = 32;
-
-/// `SO_PEERPIDFD` (Linux 6.5), the same number on x86_64 and aarch64.
-const SO_PEERPIDFD: i32 = 77;
 
 /// What a socket keeps together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,31 +169,6 @@ pub fn peer_cred(socket: impl AsFd) -> Result<PeerCred> {
         uid: cred.uid,
         gid: cred.gid,
     })
-}
-
-/// A pidfd of the peer (`SO_PEERPIDFD`, Linux 6.5; `ENOPROTOOPT` before).
-pub fn peer_pidfd(socket: impl AsFd) -> Result<OwnedFd> {
-    let socket = socket.as_fd();
-    let mut fd: libc::c_int = -1;
-    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: `fd` is a live int and `len` its size; the kernel writes at most that much.
-    let done = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_PEERPIDFD,
-            (&raw mut fd).cast(),
-            &raw mut len,
-        )
-    };
-    if done < 0 {
-        return Err(Error::last(
-            "getsockopt",
-            format!("{}, SO_PEERPIDFD", number(socket)),
-        ));
-    }
-    // SAFETY: the kernel has just installed this descriptor (close-on-exec) for us; nobody else knows it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Asks for a send buffer of `bytes`; the kernel doubles it and caps it at its own limit.

@@ -110,35 +110,26 @@ const NATIVE_ARCH: u32 = 0xc000_003e;
 #[cfg(target_arch = "aarch64")]
 const NATIVE_ARCH: u32 = 0xc000_00b7;
 
-/// Whether this kernel knows all of `flags`.
+/// A program that answers one call with `errno`, as if this kernel did not have it or did not permit it: how tests take
+/// the way that runs then. With `argument` only calls whose argument of that index (its lower half) has that value.
 #[must_use]
-pub fn knows_flags(flags: FilterFlags) -> bool {
-    let no_program = std::ptr::null::<Fprog>();
-    // SAFETY: flags are checked before the program is read; a null pointer then fails with EFAULT and loads nothing.
-    let ret = unsafe {
-        libc::syscall(
-            libc::SYS_seccomp,
-            libc::SECCOMP_SET_MODE_FILTER,
-            flags.bits(),
-            no_program,
-        )
-    };
-    ret != 0 && Errno::last() == Errno::EFAULT
-}
-
-/// Whether this kernel knows a `SECCOMP_RET_*` action.
-#[must_use]
-pub fn knows_action(action: u32) -> bool {
-    // SAFETY: the kernel reads one u32 from a live local.
-    let ret = unsafe {
-        libc::syscall(
-            libc::SYS_seccomp,
-            libc::SECCOMP_GET_ACTION_AVAIL,
-            0,
-            &raw const action,
-        )
-    };
-    ret == 0
+pub fn lacking_program(call: u32, argument: Option<(u32, u32)>, errno: Errno) -> Vec<Instruction> {
+    const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+    const EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+    let step = |code, jf, k| Instruction { code, jt: 0, jf, k };
+    let mut program = vec![
+        step(LOAD, 0, 0),
+        step(EQUAL, if argument.is_some() { 3 } else { 1 }, call),
+    ];
+    if let Some((index, value)) = argument {
+        program.push(step(LOAD, 0, 16 + 8 * index));
+        program.push(step(EQUAL, 1, value));
+    }
+    let answer = libc::SECCOMP_RET_ERRNO | errno.raw().unsigned_abs();
+    program.push(step(RETURN, 0, answer));
+    program.push(step(RETURN, 0, libc::SECCOMP_RET_ALLOW));
+    program
 }
 
 #[repr(C)]
@@ -153,52 +144,28 @@ mod tests {
 
     #[test]
     fn a_filter_acts_on_its_thread() {
-        // nr == getpriority ? errno 77 : allow
-        let program = [
-            Instruction {
-                code: 0x20,
-                jt: 0,
-                jf: 0,
-                k: 0,
-            },
-            Instruction {
-                code: 0x15,
-                jt: 0,
-                jf: 1,
-                k: u32::try_from(libc::SYS_getpriority).unwrap(),
-            },
-            Instruction {
-                code: 0x06,
-                jt: 0,
-                jf: 0,
-                k: 0x0005_0000 | 77,
-            },
-            Instruction {
-                code: 0x06,
-                jt: 0,
-                jf: 0,
-                k: 0x7fff_0000,
-            },
-        ];
-        std::thread::spawn(move || {
-            crate::creds::set_no_new_privs().unwrap();
-            assert!(load(&program, FilterFlags::empty()).unwrap().is_none());
+        let priority = |what: libc::c_long| {
             // SAFETY: takes numbers alone.
-            let ret = unsafe { libc::syscall(libc::SYS_getpriority, 0, 0) };
-            assert_eq!((ret, Errno::last().raw()), (-1, 77));
-        })
-        .join()
-        .unwrap();
-        // SAFETY: takes numbers alone.
-        assert_ne!(unsafe { libc::syscall(libc::SYS_getpriority, 0, 0) }, -1);
-    }
-
-    #[test]
-    fn flags_and_actions_are_probed() {
-        assert!(knows_flags(FilterFlags::LOG | FilterFlags::SPEC_ALLOW));
-        assert!(!knows_flags(FilterFlags::from_bits_retain(1 << 30)));
-        assert!(knows_action(0x7fff_0000));
-        assert!(!knows_action(0x1234_0000));
+            let ret = unsafe { libc::syscall(libc::SYS_getpriority, what, 0) };
+            (ret, Errno::last().raw())
+        };
+        let call = u32::try_from(libc::SYS_getpriority).unwrap();
+        let errno = Errno::from_raw(77);
+        let all = lacking_program(call, None, errno);
+        let of_groups = lacking_program(call, Some((0, 1)), errno);
+        let in_thread = move |program: Vec<Instruction>| {
+            let thread = std::thread::spawn(move || {
+                crate::creds::set_no_new_privs().unwrap();
+                assert!(load(&program, FilterFlags::empty()).unwrap().is_none());
+                (priority(0), priority(1))
+            });
+            thread.join().unwrap()
+        };
+        assert_eq!(in_thread(all), ((-1, 77), (-1, 77)));
+        let (of_process, of_group) = in_thread(of_groups);
+        assert_ne!(of_process.0, -1);
+        assert_eq!(of_group, (-1, 77));
+        assert_ne!(priority(0).0, -1);
     }
 
     #[test]

@@ -110,4 +110,13 @@ numbers! {
     GETPEERNAME = SYS_getpeername,
     GETSOCKOPT = SYS_getsockopt,
     SETSOCKOPT = SYS_setsockopt,
+    FSOPEN = SYS_fsopen,
+    FSMOUNT = SYS_fsmount,
+    OPEN_TREE = SYS_open_tree,
+    MOVE_MOUNT = SYS_move_mount,
+    MOUNT_SETATTR = SYS_mount_setattr,
+    PIDFD_OPEN = SYS_pidfd_open,
+    CLOSE_RANGE = SYS_close_range,
+    LANDLOCK_CREATE_RULESET = SYS_landlock_create_ruleset,
+    PIVOT_ROOT = SYS_pivot_root,
 }

@@ -236,7 +236,6 @@ impl Work for Create {
             listen_fds: 0,
             no_pivot: false,
             no_new_keyring: false,
-            mount_namespace: None,
         };
         let mut created = coracle_container::create(options, cgroup.as_ref()).map_err(container)?;
         let (pid, terminal) = (created.pid(), created.take_terminal());

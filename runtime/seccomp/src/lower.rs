@@ -1,6 +1,6 @@
 //! Names to numbers, rules to what each number of each ABI does.
 
-use std::collections::BTreeMap;
+use std::ops::Range;
 
 use coracle_spec::oci::{
     LinuxSeccomp, LinuxSeccompAction as Action, LinuxSeccompArg, LinuxSeccompOperator, LinuxSyscall,
@@ -68,15 +68,12 @@ pub(crate) struct Space {
 pub(crate) fn lower(profile: &LinuxSeccomp, native: Abi) -> Result<Vec<Space>, CompileError> {
     let abis = abis(profile, native);
     let default = ret_value(profile.default_action(), profile.default_errno_ret());
-    let mut table = Table {
-        rules: Vec::new(),
-        calls: BTreeMap::new(),
-        newest: BTreeMap::new(),
-        count: 0,
-    };
+    let mut table = Table::default();
     for syscall in profile.syscalls().iter().flatten() {
         table.add(syscall, default, &abis)?;
     }
+    // Stable: what one number does stays in the profile's order.
+    table.entries.sort_by_key(|entry| (entry.abi, entry.number));
     let mut spaces: Vec<Space> = Vec::new();
     for &abi in native.runs() {
         // x32 lives in the space of x86_64.
@@ -133,20 +130,21 @@ fn reaches_through(rules: &[Rule], ret: u32, default: u32) -> bool {
     rules.iter().any(|rule| rule.compares.is_empty()) || refuses(ret) && !refuses(default)
 }
 
-/// The rules of one number.
-#[derive(Default)]
-struct Call {
-    /// The first rule without comparisons: it decides alone.
-    always: Option<u32>,
-    /// Indices of the others, in the profile's order.
-    rules: Vec<usize>,
+/// Rules of one number.
+struct Entry {
+    abi: Abi,
+    number: u32,
+    /// Which ones, in [`Table::rules`].
+    rules: Range<usize>,
 }
 
+/// A list that is sorted once costs a tenth of a map: this runs before every process of a container.
+#[derive(Default)]
 struct Table {
     rules: Vec<Rule>,
-    calls: BTreeMap<(Abi, u32), Call>,
+    entries: Vec<Entry>,
     /// The newest call that the profile names.
-    newest: BTreeMap<Abi, u32>,
+    newest: Vec<(Abi, u32)>,
     count: usize,
 }
 
@@ -185,7 +183,7 @@ impl Table {
         &mut self,
         args: impl Iterator<Item = &'a LinuxSeccompArg>,
         ret: u32,
-    ) -> Result<std::ops::Range<usize>, CompileError> {
+    ) -> Result<Range<usize>, CompileError> {
         let compares = args.map(compare).collect::<Result<Vec<_>, _>>()?;
         let repeats = (0..6).any(|arg| compares.iter().filter(|compare| compare.arg == arg).count() > 1);
         let start = self.rules.len();
@@ -200,22 +198,12 @@ impl Table {
         Ok(start..self.rules.len())
     }
 
-    fn attach(&mut self, abi: Abi, number: u32, rules: std::ops::Range<usize>) -> Result<(), CompileError> {
-        let call = self.calls.entry((abi, number)).or_default();
-        if call.always.is_some() {
-            return Ok(());
-        }
-        if let [Rule { compares, ret }] = &self.rules[rules.clone()]
-            && compares.is_empty()
-        {
-            call.always = Some(*ret);
-            return Ok(());
-        }
+    fn attach(&mut self, abi: Abi, number: u32, rules: Range<usize>) -> Result<(), CompileError> {
         self.count += rules.len();
         if self.count > MAX_RULES {
             return Err(CompileError::TooLong);
         }
-        call.rules.extend(rules);
+        self.entries.push(Entry { abi, number, rules });
         Ok(())
     }
 
@@ -306,8 +294,10 @@ impl Table {
             _ => false,
         };
         if !old_block {
-            let newest = self.newest.entry(abi).or_default();
-            *newest = number.max(*newest);
+            match self.newest.iter_mut().find(|(known, _)| *known == abi) {
+                Some((_, newest)) => *newest = number.max(*newest),
+                None => self.newest.push((abi, number)),
+            }
         }
     }
 
@@ -330,44 +320,57 @@ impl Table {
     }
 
     fn part(&self, abi: Abi, start: u32, end: u32, default: u32, bodies: &mut Bodies) {
-        let newest = self.newest.get(&abi).filter(|_| refuses(default));
+        let newest = self.newest.iter().find(|(known, _)| *known == abi);
+        let newest = newest.map(|(_, newest)| *newest).filter(|_| refuses(default));
         let unnamed = |number: u32| match newest {
-            Some(newest) if number > *newest && !(abi == Abi::Arm && number >= ARM_PRIVATE) => {
+            Some(newest) if number > newest && !(abi == Abi::Arm && number >= ARM_PRIVATE) => {
                 Body::Ret(ret::ERRNO | ENOSYS)
             }
             _ => Body::Ret(default),
         };
-        let boundary = newest.map(|newest| newest + 1);
-        let private = (abi == Abi::Arm).then_some(ARM_PRIVATE);
-        let named: Vec<_> = self.calls.range((abi, 0)..=(abi, u32::MAX)).collect();
-        // Every place where what happens may change: after and at each named call, and where ENOSYS starts and stops.
-        let mut places: Vec<u32> = named
-            .iter()
-            .flat_map(|((_, number), _)| [*number, number.saturating_add(1)])
-            .collect();
-        places.push(start);
-        places.extend(boundary);
-        places.extend(private);
-        places.sort_unstable();
-        places.dedup();
-        for place in places.into_iter().filter(|place| (start..end).contains(place)) {
-            match self.calls.get(&(abi, place)) {
-                Some(call) => bodies.set(place, self.body(call, default, abi.is_wide())),
-                None => bodies.set(place, unnamed(place)),
+        let first = self.entries.partition_point(|entry| entry.abi < abi);
+        let last = self.entries.partition_point(|entry| entry.abi <= abi);
+        let mut named = self.entries[first..last]
+            .chunk_by(|a, b| a.number == b.number)
+            .peekable();
+        // Every other place where what happens may change: the start, and where ENOSYS starts and stops.
+        let mut others = vec![start];
+        others.extend(newest.map(|newest| newest + 1));
+        others.extend((abi == Abi::Arm).then_some(ARM_PRIVATE));
+        others.sort_unstable();
+        let mut others = others.into_iter().peekable();
+        // And after each named call. The next place is the smallest of the three.
+        let mut after = None;
+        loop {
+            let call = named.peek().map(|call| call[0].number);
+            let Some(place) = [call, others.peek().copied(), after].into_iter().flatten().min() else {
+                return;
+            };
+            others.next_if_eq(&place);
+            let body = match named.next_if(|_| call == Some(place)) {
+                Some(call) => {
+                    after = place.checked_add(1);
+                    self.body(call, default, abi.is_wide())
+                }
+                None => {
+                    after = after.filter(|after| *after != place);
+                    unnamed(place)
+                }
+            };
+            if (start..end).contains(&place) {
+                bodies.set(place, body);
             }
         }
     }
 
-    fn body(&self, call: &Call, default: u32, wide: bool) -> Body {
-        match call.always {
-            Some(ret) => Body::Ret(ret),
-            None if call.rules.is_empty() => Body::Ret(default),
+    /// What the entries of one number come to.
+    fn body(&self, call: &[Entry], default: u32, wide: bool) -> Body {
+        let rules = || call.iter().flat_map(|entry| &self.rules[entry.rules.clone()]);
+        // The first one without comparisons decides alone.
+        match rules().find(|rule| rule.compares.is_empty()) {
+            Some(always) => Body::Ret(always.ret),
             None => Body::Rules {
-                rules: call
-                    .rules
-                    .iter()
-                    .map(|&index| self.rules[index].clone())
-                    .collect(),
+                rules: rules().cloned().collect(),
                 otherwise: default,
                 wide,
             },

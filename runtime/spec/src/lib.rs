@@ -13,6 +13,7 @@ mod features;
 mod load;
 mod mount_options;
 mod namespaces;
+mod objects;
 mod process;
 pub mod resources;
 mod state;

@@ -10,6 +10,7 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use thiserror::Error;
 
 use crate::config::Config;
+use crate::objects::Objects;
 use crate::process::{Process, ProcessDocument, null_is_default};
 use crate::validate::{self, Finding};
 
@@ -157,7 +158,7 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, LoadError> {
         return Err(LoadError::TooLarge);
     }
     let mut json = serde_json::Deserializer::from_slice(bytes);
-    let value = serde_path_to_error::deserialize(&mut json).map_err(|error| LoadError::Parse {
+    let value = serde_path_to_error::deserialize(Objects(&mut json)).map_err(|error| LoadError::Parse {
         path: error.path().to_string(),
         problem: error.inner().to_string(),
     })?;

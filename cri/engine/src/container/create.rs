@@ -8,7 +8,7 @@ use coracle_snapshot::{Durability, LayerDir};
 use tracing::warn;
 
 use super::gather::{Gathered, gather, log_path, stop_signal};
-use super::remove::discard;
+use super::remove::{discard, remove_dir};
 use super::{blocking, start_time, take_hold};
 use crate::core::Core;
 use crate::error::{Context as _, Error, Result};
@@ -46,6 +46,7 @@ async fn make(pod: &PodHandle, view: &ContainerView) -> Result<()> {
     let pod_view = pod.view();
     let monitor = pod.monitor().ok_or_else(|| lost(pod.id()))?;
 
+    spec_gen::check_container(&pod_view.config, config)?;
     // Nothing is touched before the intent is on the disk.
     let reference = config
         .image
@@ -79,7 +80,7 @@ async fn make(pod: &PodHandle, view: &ContainerView) -> Result<()> {
     .await?;
     failpoint::reach("create.intent").await?;
 
-    let rootfs = pod.unless_stopping(mount_rootfs(core, id, &image.layers)).await?;
+    let rootfs = pod.unless_stopping(mount_rootfs(pod, id, &image.layers)).await?;
     failpoint::reach("create.rootfs").await?;
 
     let made = pod.unless_stopping(bundle(
@@ -139,15 +140,25 @@ pub(crate) fn cgroup_path(core: &Core, pod: &PodView, id: &str) -> String {
     }
 }
 
-async fn mount_rootfs(core: &Arc<Core>, id: &str, layers: &[LayerDir]) -> Result<OwnedFd> {
-    let (snapshots, id, layers) = (core.snapshots.clone(), id.to_owned(), layers.to_vec());
+async fn mount_rootfs(pod: &PodHandle, id: &str, layers: &[LayerDir]) -> Result<OwnedFd> {
+    let (pod, id, layers) = (pod.clone(), id.to_owned(), layers.to_vec());
     blocking(move || {
+        let snapshots = &pod.core().snapshots;
         let plan = snapshots
             .prepare(&id, &layers, Durability::default())
             .step("prepare the container's root file system")?;
-        snapshots
+        let mount = snapshots
             .mount(&plan)
-            .step("mount the container's root file system")
+            .step("mount the container's root file system")?;
+        if let Err(given_up) = pod.check_not_stopping() {
+            // Nobody waits any more, and the undoing may have been here already.
+            drop(mount);
+            snapshots
+                .remove(&id)
+                .step("remove the container's writable layer")?;
+            return Err(given_up);
+        }
+        Ok(mount)
     })
     .await?
 }
@@ -173,7 +184,7 @@ async fn bundle(
     let namespaces = namespaces(pod, view, monitor)?;
     let files = core.paths.pod_files(pod.id(), &pod_view.config);
     let (pod_view, config, cgroup) = (pod_view.clone(), view.config.clone(), cgroup.to_owned());
-    let (sandbox_id, id) = (pod.id().to_owned(), view.record.id.clone());
+    let (handle, sandbox_id, id) = (pod.clone(), pod.id().to_owned(), view.record.id.clone());
     blocking(move || {
         let gathered = gather(&config, &rootfs)?;
         let inputs = Inputs {
@@ -195,15 +206,20 @@ async fn bundle(
         let generated = spec_gen::generate(&inputs)?;
         let bundle = core.paths.bundle(&sandbox_id, &id);
         write_bundle(&bundle, &generated.config).step("write the bundle")?;
+        if let Err(given_up) = handle.check_not_stopping() {
+            remove_dir(&bundle).step("remove the container's bundle")?;
+            return Err(given_up);
+        }
         Ok((generated, gathered, rootfs))
     })
     .await?
 }
 
 /// A real bundle: `config.json` and an empty `rootfs`, on which the root is mounted inside the container's own
-/// mount namespace.
+/// mount namespace. The directory above it is there as long as the pod is.
 fn write_bundle(path: &std::path::Path, config: &serde_json::Value) -> std::io::Result<()> {
-    std::fs::create_dir_all(path.join("rootfs"))?;
+    std::fs::create_dir(path)?;
+    std::fs::create_dir(path.join("rootfs"))?;
     std::fs::write(path.join("config.json"), config.to_string())
 }
 

@@ -10,6 +10,7 @@ use coracle_kernel::fd;
 use coracle_proto::cri::ExecSyncResponse;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe::Receiver;
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tracing::warn;
@@ -29,11 +30,11 @@ const DRAIN_TIME: Duration = Duration::from_secs(2);
 /// How long the command may run where the request sets no limit: as long as it likes.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Runs `command` in the container; returns when it ended or had its time.
+/// Runs `command` in the container; returns when it ended or had its time. It ends too when its caller goes away.
 pub(crate) async fn exec_sync(
-    pod: &PodHandle,
-    id: &str,
-    command: &[String],
+    pod: PodHandle,
+    id: String,
+    command: Vec<String>,
     timeout_seconds: i64,
 ) -> Result<ExecSyncResponse> {
     if command.is_empty() {
@@ -44,34 +45,48 @@ pub(crate) async fn exec_sync(
         Ok(seconds) => Duration::from_secs(seconds).min(FOREVER),
         Err(_) => return Err(Error::invalid("timeout", "is negative")),
     };
-    let view = pod.container(id)?;
+    let view = pod.container(&id)?;
     let not_running = || Error::State {
         what: "container",
-        id: id.to_owned(),
+        id: id.clone(),
         why: "is not running".to_owned(),
     };
-    let (Some(hold), Some(monitor)) = (pod.hold(id), pod.monitor()) else {
+    let (Some(hold), Some(monitor)) = (pod.hold(&id), pod.monitor()) else {
         return Err(not_running());
     };
     if !view.running || !view.record.is_alive() {
         return Err(not_running());
     }
 
-    let bundle = pod.core().paths.bundle(pod.id(), id).join("config.json");
-    let words = command.to_vec();
+    let bundle = pod.core().paths.bundle(pod.id(), &id).join("config.json");
     let process = blocking(move || {
         let stored = std::fs::read(bundle).step("read the container's config")?;
         let stored = serde_json::from_slice(&stored).step("parse the container's config")?;
-        Ok::<_, Error>(spec_gen::exec_process(&stored, &words)?.to_string())
+        Ok::<_, Error>(spec_gen::exec_process(&stored, &command)?.to_string())
     })
     .await??;
 
-    let group = ExecGroup::make(&hold).await?;
-    let outcome = run(&monitor, id, &group, process, limit).await;
-    // Children that the command left behind go with it, in every case.
-    group.end().await;
+    // A task of its own: a client that hangs up drops the call, but neither the command nor its group may stay.
+    let (caller, caller_gone) = oneshot::channel::<()>();
+    let task = tokio::spawn(async move {
+        let group = ExecGroup::make(&hold).await?;
+        let outcome = tokio::select! {
+            outcome = run(&monitor, &id, &group, process, limit) => outcome,
+            _ = caller_gone => Err(Error::step("run the command", CallerGone)),
+        };
+        // Children that the command left behind go with it, in every case.
+        group.end().await;
+        outcome
+    });
+    let outcome = task.await.step("run the command")?;
+    drop(caller);
     outcome
 }
+
+/// The client hung up.
+#[derive(Debug, thiserror::Error)]
+#[error("nobody waits for it any more")]
+struct CallerGone;
 
 async fn run(
     monitor: &Monitor,

@@ -85,10 +85,6 @@ fn mounts(config: &ContainerConfig) -> Result<Vec<HostMount>> {
     let mut resolved = Vec::with_capacity(config.mounts.len());
     for (index, mount) in config.mounts.iter().enumerate() {
         let field = || format!("config.mounts[{index}].host_path");
-        if mount.image.is_some() {
-            let text = "config.mounts: image volumes are not part of this release";
-            return Err(Error::Unsupported(text.to_owned()));
-        }
         if !Path::new(&mount.host_path).is_absolute() {
             return Err(Error::invalid(
                 field(),

@@ -7,7 +7,7 @@ mod remove;
 mod start;
 mod stop;
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -37,8 +37,8 @@ pub(crate) const KILL_TIME: Duration = Duration::from_secs(10);
 pub(crate) struct Hold {
     pub(crate) pid: i32,
     pub(crate) pidfd: OwnedFd,
-    /// The container's leaf. Locked on blocking threads alone, for single calls.
-    pub(crate) cgroup: Mutex<Box<dyn Manager>>,
+    /// The container's leaf. Locked on blocking threads alone, for calls that do not wait: what kills opens its own.
+    cgroup: Mutex<Box<dyn Manager>>,
     /// What was read of it last.
     pub(crate) stats: crate::stats::Cache,
     /// Number of the next exec in it; begins high, so that none of an earlier daemon has it.
@@ -210,15 +210,18 @@ pub(crate) fn exit_from_status(code: i32, oom_killed: bool, at: i64) -> Exit {
 
 /// The exit of a container whose monitor cannot tell: from the kernel where that knows, else as if killed.
 pub(crate) fn exit_without_monitor(hold: Option<&Hold>) -> Exit {
-    let told = hold
-        .and_then(|hold| pidfd::info(&hold.pidfd).ok()?.exit)
-        .map(Status::code);
+    let told = hold.and_then(|hold| code_from_kernel(&hold.pidfd));
     Exit {
         code: told.unwrap_or(137),
         reason: "MonitorLost".to_owned(),
         message: "the monitor of the pod was lost before it told how the container ended".to_owned(),
         at: ident::now_ns(),
     }
+}
+
+/// How the process ended, where the kernel keeps that for holders of its descriptor (Linux 6.15).
+fn code_from_kernel(pidfd: impl AsFd) -> Option<i32> {
+    pidfd::info(pidfd).ok()?.exit.map(Status::code)
 }
 
 /// Takes away what an ended container leaves in the kernel: stray processes and its cgroup. Done again by the
@@ -239,7 +242,6 @@ pub(crate) async fn release(pod: PodHandle, id: String) {
 
 /// Kills what is left in the container's cgroup and removes it; nothing there is no error.
 pub(crate) async fn release_cgroup(pod: &PodHandle, id: &str) -> Result<()> {
-    let hold = pod.hold(id);
     let Ok(view) = pod.container(id) else {
         return Ok(());
     };
@@ -249,12 +251,9 @@ pub(crate) async fn release_cgroup(pod: &PodHandle, id: &str) -> Result<()> {
         return Ok(());
     }
     let host = pod.core().cgroups.clone();
-    blocking(move || match &hold {
-        Some(hold) => hold.with_cgroup(end_group),
-        None => end_location(&host, &location),
-    })
-    .await?
-    .step("remove the container's cgroup")?;
+    blocking(move || end_location(&host, &location))
+        .await?
+        .step("remove the container's cgroup")?;
     pod.set_hold(id, None);
     Ok(())
 }
@@ -287,6 +286,9 @@ fn end_group(cgroup: &mut dyn Manager) -> coracle_cgroup::Result<()> {
 mod tests {
     use super::*;
     use crate::view::tests::container;
+    use coracle_kernel::clone::{Child, Clone3};
+    use coracle_kernel::wait::{self, Id};
+    use coracle_kernel::{Errno, creds, probe, seccomp, syscall};
 
     #[test]
     fn the_first_exit_counts_and_never_precedes_the_start() {
@@ -325,5 +327,25 @@ mod tests {
     fn without_anybody_who_knows_it_was_killed() {
         let exit = exit_without_monitor(None);
         assert_eq!((exit.code, exit.reason.as_str()), (137, "MonitorLost"));
+    }
+
+    #[test]
+    fn the_kernel_tells_an_exit_code_where_it_keeps_one() {
+        const PIDFD_GET_INFO: u32 = 0xc040_ff0b;
+        let reaped = || -> Child {
+            let child = Clone3::default().spawn(|| 42).unwrap();
+            wait::wait(Id::Process(child.pid)).unwrap();
+            child
+        };
+        let expected = (probe::kernel_version().unwrap() >= (6, 15)).then_some(42);
+        assert_eq!(code_from_kernel(&reaped().pidfd), expected);
+        // An older kernel does not know the request.
+        let older = std::thread::spawn(move || {
+            let program = seccomp::lacking_program(syscall::IOCTL, Some((1, PIDFD_GET_INFO)), Errno::ENOTTY);
+            creds::set_no_new_privs().unwrap();
+            seccomp::load(&program, seccomp::FilterFlags::empty()).unwrap();
+            code_from_kernel(&reaped().pidfd)
+        });
+        assert_eq!(older.join().unwrap(), None);
     }
 }

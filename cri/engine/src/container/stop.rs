@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::warn;
 
-use super::{Hold, KILL_TIME, blocking};
+use super::{Hold, KILL_TIME, blocking, cgroup_manager};
 use crate::error::{Error, Result};
 use crate::failpoint;
 use crate::pod::{Operation, PodHandle, all_done};
@@ -68,7 +68,7 @@ pub(crate) async fn stop(pod: PodHandle, inputs: StopInputs) -> Result<()> {
     // Without a hold there is no process of it any more: its pod's monitor is gone too, and the task of the pod
     // records that. With one everything in the cgroup is killed, so that a shared pid namespace hides nothing.
     match pod.hold(id) {
-        Some(hold) => kill(id, hold).await?,
+        Some(hold) => kill(&pod, id, &hold).await?,
         None => pod.tell(crate::pod::Message::ExitOverdue { id: id.to_owned() }),
     }
     failpoint::reach("stop.kill").await?;
@@ -92,10 +92,12 @@ async fn wait_until(exited: &mut watch::Receiver<bool>, deadline: &mut watch::Re
     }
 }
 
-async fn kill(id: &str, hold: Arc<Hold>) -> Result<()> {
+async fn kill(pod: &PodHandle, id: &str, hold: &Hold) -> Result<()> {
     // The init first: with a pid namespace of its own that alone ends everything, at once.
     let _ = pidfd::send_signal(&hold.pidfd, Signal::KILL);
-    let killed = blocking(move || hold.with_cgroup(|cgroup| cgroup.kill(KILL_TIME))).await?;
+    let location = hold.with_cgroup(|cgroup| cgroup.location().clone());
+    let cgroup = cgroup_manager(pod.core().cgroups.clone(), location).await?;
+    let killed = blocking(move || cgroup.kill(KILL_TIME)).await?;
     if let Err(error) = killed {
         warn!(container = id, %error, "not everything in the cgroup was killed");
     }

@@ -9,10 +9,12 @@ use coracle_kernel::fd;
 use coracle_proto::cri::NamespaceMode;
 use coracle_wire::{
     Body, CgroupPath, Create, Exec, FailKind, Forget, ReopenLog, SetupSandbox, Shutdown, Start, Sysctl,
+    Upgrade,
 };
 use tokio::time::{Instant, timeout_at};
 
-use super::client::{Answer, is_refusal};
+use super::client::Answer;
+use super::words::is_refusal;
 use super::{CreateCall, Created, ExecCall, ExecStarted, Monitor, SetupCall};
 use crate::error::{Context as _, Error, Result};
 
@@ -136,13 +138,8 @@ impl Monitor {
         };
         let exit = self.0.link.expect_exec(&call.exec);
         let fds: Vec<OwnedFd> = vec![document, call.stdout, call.stderr];
-        match self.0.link.request(STEP, request, fds, HELPER).await {
-            Ok(_) => Ok(ExecStarted { exit }),
-            Err(error) => {
-                self.0.link.forget_exec(&call.exec);
-                Err(error)
-            }
-        }
+        self.0.link.request(STEP, request, fds, HELPER).await?;
+        Ok(ExecStarted { exit })
     }
 
     /// Has the log opened anew; no new file after an error.
@@ -181,6 +178,14 @@ impl Monitor {
                 outcome => return outcome.map(drop),
             }
         }
+    }
+
+    /// Has it become another program.
+    pub(super) async fn upgrade(&self, program: &OwnedFd) -> Result<()> {
+        const STEP: &str = "upgrade the monitor";
+        let program = fd::dup(program).step(STEP)?;
+        let request = self.0.link.request(STEP, Upgrade {}, vec![program], HELPER);
+        request.await.map(drop)
     }
 
     /// Asks it to leave.

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use coracle_kernel::path;
 use coracle_kernel::scm::{self, Kind, Mode};
-use coracle_wire::{Body, Client, FailKind, Failed, Incoming, List, MAX_FRAME, WireError};
+use coracle_wire::{Body, Client, FailKind, Incoming, List, MAX_FRAME, WireError};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -21,7 +21,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
 use super::process::socket_name;
-use super::words::{chain, exit, kill_stray, listed};
+use super::words::{Refused, chain, exit, kill_stray, listed, refused};
 use super::{MonitorEvent, tell};
 use crate::error::{Context as _, Error, Result};
 use crate::pod::PodHandle;
@@ -63,14 +63,10 @@ pub(super) struct Answer {
 
 /// The end of an exec: await it for the exit code.
 #[derive(Debug)]
-pub(crate) struct ExecExit(oneshot::Receiver<i32>);
-
-/// What a monitor answers to a request that failed.
-#[derive(Debug, thiserror::Error)]
-#[error("{message}")]
-pub(super) struct Refused {
-    pub(super) kind: FailKind,
-    message: String,
+pub(crate) struct ExecExit {
+    exec: String,
+    code: oneshot::Receiver<i32>,
+    shared: Arc<Shared>,
 }
 
 /// Why a connection ended.
@@ -145,16 +141,15 @@ impl Link {
         }
     }
 
-    /// Registers somebody who waits for the end of an exec, before that is begun.
+    /// Registers somebody who waits for the end of an exec, before that is begun; dropped, nobody waits any more.
     pub(super) fn expect_exec(&self, exec: &str) -> ExecExit {
         let (sender, receiver) = oneshot::channel();
         self.shared.execs().insert(exec.to_owned(), sender);
-        ExecExit(receiver)
-    }
-
-    /// Nobody waits for that exec any more.
-    pub(super) fn forget_exec(&self, exec: &str) {
-        self.shared.execs().remove(exec);
+        ExecExit {
+            exec: exec.to_owned(),
+            code: receiver,
+            shared: self.shared.clone(),
+        }
     }
 
     /// Told when a container exits; ask for it before looking.
@@ -174,16 +169,16 @@ impl Future for ExecExit {
     type Output = Result<i32>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.0)
+        Pin::new(&mut self.code)
             .poll(context)
             .map(|code| code.map_err(|_| Error::step("learn how the command ended", Lost)))
     }
 }
 
-/// Whether a failed request was refused for this reason.
-pub(super) fn is_refusal(error: &Error, kind: FailKind) -> bool {
-    matches!(error, Error::Step { cause, .. }
-        if cause.downcast_ref::<Refused>().is_some_and(|refused| refused.kind == kind))
+impl Drop for ExecExit {
+    fn drop(&mut self) {
+        self.shared.execs().remove(&self.exec);
+    }
 }
 
 struct Service {
@@ -206,6 +201,13 @@ struct Connection {
 
 impl Service {
     async fn run(mut self) {
+        self.keep_connected().await;
+        // Nobody is left who could tell how they end.
+        self.shared.execs().clear();
+    }
+
+    /// Serves one connection after the other, until the monitor is dead or nobody asks it anything any more.
+    async fn keep_connected(&mut self) {
         loop {
             let broken = match self.connect().await {
                 Ok(mut connection) => match self.serve(&mut connection).await {
@@ -218,14 +220,14 @@ impl Service {
                 debug!(pod = self.pod.id(), "the monitor's connection is over");
                 return;
             }
-            warn!(
-                pod = self.pod.id(),
-                error = chain(&broken),
-                "the connection to the monitor broke"
-            );
             tokio::select! {
+                // The end of a monitor closes its connection a moment before.
                 () = dead(&mut self.dead) => return,
-                () = sleep(RECONNECT_PAUSE) => {}
+                () = sleep(RECONNECT_PAUSE) => warn!(
+                    pod = self.pod.id(),
+                    error = chain(&broken),
+                    "the connection to the monitor broke"
+                ),
             }
         }
     }
@@ -394,6 +396,10 @@ impl Connection {
     }
 
     fn take(&mut self, request: Request) {
+        // It waited here for longer than its caller.
+        if request.reply.is_closed() {
+            return;
+        }
         match self.client.request(request.body) {
             Ok((id, bytes)) => {
                 self.outbox.push_back((bytes, request.fds));
@@ -466,17 +472,6 @@ async fn ready(connection: &mut Connection) -> Result<Ready, Broken> {
 async fn dead(dead: &mut watch::Receiver<bool>) {
     // The sender lives in the monitor's handle; without any handle nobody asks any more.
     let _ = dead.wait_for(|dead| *dead).await;
-}
-
-fn refused(failed: Failed) -> Error {
-    let kind = failed.kind();
-    Error::step(
-        "ask the monitor",
-        Refused {
-            kind,
-            message: failed.message,
-        },
-    )
 }
 
 fn out_of_turn(body: &Body) -> Broken {

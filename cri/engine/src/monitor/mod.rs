@@ -17,9 +17,10 @@ use coracle_cgroup::Location;
 use coracle_proto::cri::NamespaceOption;
 use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
-use tracing::warn;
+use tracing::{info, warn};
 
 pub(crate) use process::end_unknown;
+pub use process::seal_monitor_program;
 
 use crate::container::start_time;
 use crate::error::{Error, Result};
@@ -177,6 +178,23 @@ impl Monitor {
         }));
         process::watch(pod.clone(), monitor.clone())?;
         Ok(monitor)
+    }
+
+    /// Has it run our program where it runs another one: a fixed daemon so fixes running pods. Its pid, its children and
+    /// their streams stay; a monitor that cannot goes on as it is.
+    pub(crate) async fn upgrade_if_older(&self, pod: &PodHandle) {
+        let core = pod.core();
+        if process::runs(self.0.pid, &core.monitor_program) {
+            return;
+        }
+        match self.upgrade(&core.monitor_program).await {
+            Ok(()) => info!(pod = pod.id(), "the monitor runs the new program"),
+            Err(error) => warn!(
+                pod = pod.id(),
+                error = error.chain(),
+                "the monitor stays with its old program"
+            ),
+        }
     }
 
     /// What goes on record about it.

@@ -1,8 +1,9 @@
 //! The monitor as a process: spawned from the sealed program into a cgroup of its own, watched, killed.
 
 use std::ffi::CString;
-use std::io;
-use std::os::fd::AsFd as _;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,12 +15,14 @@ use coracle_kernel::signal::Signal;
 use coracle_kernel::wait::{Id, try_wait};
 use coracle_kernel::{fd, path, pidfd};
 use coracle_spec::oci::LinuxResources;
+use sha2::{Digest as _, Sha256};
 use tokio::time::timeout;
 
 use super::{Monitor, MonitorEvent, tell};
 use crate::container::{blocking, process_end};
 use crate::core::Core;
 use crate::error::{Context as _, Error, Result};
+use crate::ident::hex;
 use crate::pod::PodHandle;
 
 /// Number of the listening socket in the monitor.
@@ -31,6 +34,30 @@ const KILL_TIME: Duration = Duration::from_secs(5);
 /// Name of a pod's socket in the directory of sockets.
 pub(super) fn socket_name(pod: &str) -> String {
     format!("{pod}.sock")
+}
+
+/// A sealed copy of `coracle` to run monitors from. It is named by its content, so that `/proc/<pid>/exe` of a monitor
+/// says which program it runs.
+pub fn seal_monitor_program(program: &File) -> io::Result<OwnedFd> {
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        match (&*program).read(&mut buffer)? {
+            0 => break,
+            count => hash.update(&buffer[..count]),
+        }
+    }
+    let name = format!("coracle-{}", &hex(&hash.finalize())[..16]);
+    // Hex digits have no zero among them.
+    let name = CString::new(name).unwrap_or_default();
+    fd::sealed_program(&name, program).map_err(io::Error::from)
+}
+
+/// Whether the process `pid` runs this sealed program.
+pub(super) fn runs(pid: i32, program: &OwnedFd) -> bool {
+    let own = std::fs::read_link(format!("/proc/self/fd/{}", fd::number(program)));
+    let its = std::fs::read_link(format!("/proc/{pid}/exe"));
+    matches!((own, its), (Ok(own), Ok(its)) if own == its)
 }
 
 /// Starts a monitor; it can be connected to when this returns.

@@ -1,9 +1,12 @@
 //! The wire's words in the engine's.
 
-use coracle_wire::ContainerState;
+use coracle_kernel::pidfd;
+use coracle_kernel::signal::Signal;
+use coracle_wire::{ContainerState, FailKind, Failed};
 
 use super::{Listed, ListedState};
 use crate::container::exit_from_status;
+use crate::error::Error;
 
 /// A container of the monitor's list; none for one that is not there yet.
 pub(super) fn listed(container: coracle_wire::Container) -> Option<Listed> {
@@ -27,10 +30,11 @@ pub(super) fn exit(exit: &coracle_wire::Exit) -> crate::pod::Exit {
 
 /// An exec whose caller is gone with an earlier daemon is killed.
 pub(super) fn kill_stray(exec: &coracle_wire::ExecProcess) {
+    let Ok(pidfd) = pidfd::open(exec.pid) else { return };
+    // The number may have been given away before it was opened. From there on it is one process that is meant.
     let cgroups = std::fs::read_to_string(format!("/proc/{}/cgroup", exec.pid)).unwrap_or_default();
-    // The number may have been given away since the monitor listed it.
     if cgroups.contains(&exec.container_id) {
-        let _ = coracle_kernel::signal::kill(exec.pid, coracle_kernel::signal::Signal::KILL);
+        let _ = pidfd::send_signal(&pidfd, Signal::KILL);
     }
 }
 
@@ -43,4 +47,30 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
         cause = error.source();
     }
     text
+}
+
+/// What a monitor answers to a request that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub(super) struct Refused {
+    pub(super) kind: FailKind,
+    pub(super) message: String,
+}
+
+/// A refusal as an error.
+pub(super) fn refused(failed: Failed) -> Error {
+    let kind = failed.kind();
+    Error::step(
+        "ask the monitor",
+        Refused {
+            kind,
+            message: failed.message,
+        },
+    )
+}
+
+/// Whether a failed request was refused for this reason.
+pub(super) fn is_refusal(error: &Error, kind: FailKind) -> bool {
+    matches!(error, Error::Step { cause, .. }
+        if cause.downcast_ref::<Refused>().is_some_and(|refused| refused.kind == kind))
 }

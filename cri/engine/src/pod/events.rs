@@ -22,7 +22,7 @@ const EXIT_OVERDUE: Duration = Duration::from_secs(5);
 impl Pod {
     pub(super) fn monitor_event(&mut self, event: MonitorEvent) {
         match event {
-            MonitorEvent::Exited { container, exit } => self.exited(&container, exit),
+            MonitorEvent::Exited { container, exit } => self.monitor_told_exit(container, exit),
             MonitorEvent::LogLost { container, bytes } => {
                 warn!(
                     container,
@@ -71,7 +71,10 @@ impl Pod {
                     });
                 }
                 Some(ListedState::Exited(exit)) => changes.push(exit_change(id, exit)),
-                None => changes.push(exit_change(id, container::exit_without_monitor(None))),
+                None => {
+                    let hold = self.handle.hold(&id);
+                    changes.push(exit_change(id, container::exit_without_monitor(hold.as_deref())));
+                }
             }
         }
         for change in changes {
@@ -87,6 +90,22 @@ impl Pod {
         self.acknowledge(done);
     }
 
+    fn monitor_told_exit(&mut self, container: String, exit: Exit) {
+        let start = self
+            .containers
+            .get(&container)
+            .and_then(|entry| entry.start.as_ref());
+        let Some(start) = running(start) else {
+            return self.exited(&container, exit);
+        };
+        // The start has the first word: where it failed, this is the end of our init and not of the program.
+        let handle = self.handle.clone();
+        tokio::spawn(async move {
+            let _ = start.done().await;
+            handle.tell(Message::Monitor(MonitorEvent::Exited { container, exit }));
+        });
+    }
+
     fn exited(&mut self, id: &str, exit: Exit) {
         let Some(entry) = self.containers.get(id) else {
             return;
@@ -98,14 +117,12 @@ impl Pod {
     }
 
     pub(super) fn init_gone(&mut self, id: String) {
-        let handle = self.handle.clone();
-        let wait = if handle.monitor().is_some_and(|monitor| !monitor.is_dead()) {
-            EXIT_OVERDUE
-        } else {
-            Duration::ZERO
-        };
+        let (handle, monitor) = (self.handle.clone(), self.handle.monitor());
         tokio::spawn(async move {
-            tokio::time::sleep(wait).await;
+            // A dead monitor tells nothing any more; its own end may be noticed after that of an init that died of it.
+            if let Some(monitor) = monitor {
+                let _ = tokio::time::timeout(EXIT_OVERDUE, monitor.died()).await;
+            }
             handle.tell(Message::ExitOverdue { id });
         });
     }

@@ -129,7 +129,7 @@ pub(crate) struct CreateRequest {
     pub(crate) identity: crate::ident::ContainerIdentity,
     pub(crate) hash: String,
     pub(crate) config: ContainerConfig,
-    /// The request's own bytes.
+    /// The request, encoded anew.
     pub(crate) raw: Vec<u8>,
 }
 
@@ -190,11 +190,9 @@ impl PodHandle {
 
     /// The operation that makes the pod; for a recovered one it is over.
     pub(crate) fn run_operation(&self) -> Operation {
-        self.0
-            .run
-            .get()
-            .cloned()
-            .unwrap_or_else(|| Operation::finished(Ok(())))
+        // Set before the handle is given to anybody.
+        let set = self.0.run.get().cloned();
+        set.unwrap_or_else(|| Operation::finished(Err(Error::ShuttingDown)))
     }
 
     pub(crate) fn is_doomed(&self) -> bool {
@@ -368,6 +366,6 @@ impl PodHandle {
 pub(crate) struct PodConfig {
     pub(crate) config: Arc<PodSandboxConfig>,
     pub(crate) runtime_handler: Arc<str>,
-    /// The request's own bytes.
+    /// The request, encoded anew.
     pub(crate) raw: Arc<[u8]>,
 }

@@ -1,6 +1,8 @@
 //! RunPodSandbox: the intent on the disk, the pod's files, its network, its monitor.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -26,7 +28,7 @@ use crate::view::is_host_network;
 const HOSTNAME_BYTES: usize = 64;
 
 /// A resolver file of a host is far below it.
-const RESOLV_BYTES: usize = 64 << 10;
+const RESOLV_BYTES: u64 = 64 << 10;
 
 /// Makes a pod sandbox, or leaves nothing of it.
 pub(super) async fn run(pod: PodHandle) -> Result<()> {
@@ -206,11 +208,16 @@ fn resolv_conf(dns: &DnsConfig) -> Result<String> {
 
 fn host_resolv_conf(path: &Path) -> String {
     // A host without one has no resolver to offer: neither has its pod.
-    let mut text = std::fs::read_to_string(path).unwrap_or_default();
-    if text.len() > RESOLV_BYTES {
-        text.clear();
+    let mut text = String::new();
+    let read = File::open(path).and_then(|file| file.take(RESOLV_BYTES + 1).read_to_string(&mut text));
+    match read {
+        Ok(length) if length as u64 <= RESOLV_BYTES => text,
+        Ok(_) => {
+            warn!(path = %path.display(), "larger than {RESOLV_BYTES} bytes: pods get an empty one");
+            String::new()
+        }
+        Err(_) => String::new(),
     }
-    text
 }
 
 #[cfg(test)]

@@ -95,6 +95,20 @@ pub(crate) fn prepare(core: &Arc<Core>, record: SandboxRecord, config: PodConfig
         run: OnceLock::new(),
         doomed: AtomicBool::new(false),
     }));
+    let (go, begins) = oneshot::channel();
+    let work = {
+        let handle = handle.clone();
+        async move {
+            match begins.await {
+                Ok(Begin::Make) => super::run::run(handle).await,
+                Ok(Begin::TakeUp) => Ok(()),
+                // Somebody else's pod is in the registry.
+                Err(_) => Err(Error::ShuttingDown),
+            }
+        }
+    };
+    // Before anybody can find the handle: whoever joins waits for this one.
+    let _ = handle.0.run.set(Operation::spawn("run the pod sandbox", work));
     let pod = Pod {
         handle: handle.clone(),
         record,
@@ -106,24 +120,34 @@ pub(crate) fn prepare(core: &Arc<Core>, record: SandboxRecord, config: PodConfig
         mailbox: receiver,
         gone: false,
     };
-    (handle, Prepared(Box::new(pod)))
+    let pod = Box::new(pod);
+    (handle, Prepared { pod, go })
 }
 
 /// A pod whose task has not begun: it begins once the registry has taken the handle.
-pub(crate) struct Prepared(Box<Pod>);
+pub(crate) struct Prepared {
+    pod: Box<Pod>,
+    go: oneshot::Sender<Begin>,
+}
+
+/// What the operation that makes the pod does.
+enum Begin {
+    Make,
+    /// Nothing: the pod was made by an earlier daemon.
+    TakeUp,
+}
 
 impl Prepared {
     /// Begins.
     pub(crate) fn start(self, start: Start) {
-        let mut pod = *self.0;
+        let mut pod = *self.pod;
         let handle = pod.handle.clone();
         match start {
-            Start::Run => {
-                let run = Operation::spawn("run the pod sandbox", super::run::run(handle.clone()), || {});
-                // Set once, here: the task has not begun, nobody else has it.
-                let _ = handle.0.run.set(run);
+            Start::Run => drop(self.go.send(Begin::Make)),
+            Start::Restore(restored) => {
+                let _ = self.go.send(Begin::TakeUp);
+                pod.restore(restored);
             }
-            Start::Restore(restored) => pod.restore(restored),
         }
         tokio::spawn(async move {
             if tokio::spawn(pod.run()).await.is_err_and(|end| end.is_panic()) {
@@ -238,7 +262,7 @@ impl Pod {
             .registry
             .insert_container(&id, self.handle.id());
         let work = container::create(self.handle.clone(), view.clone());
-        let create = Operation::spawn("create the container", work, || {});
+        let create = Operation::spawn("create the container", work);
         let entry = Entry {
             view,
             raw: request.raw.into(),
@@ -281,7 +305,7 @@ impl Pod {
             return Err(self.state_error("container", id, why));
         }
         let work = container::start(handle, id.to_owned());
-        let start = Operation::spawn("start the container", work, || {});
+        let start = Operation::spawn("start the container", work);
         entry.start = Some(start.clone());
         Ok(start)
     }
@@ -314,7 +338,7 @@ impl Pod {
             exited: entry.exited.subscribe(),
             graceful: !grace.is_zero(),
         };
-        let operation = Operation::spawn("stop the container", container::stop(handle, inputs), || {});
+        let operation = Operation::spawn("stop the container", container::stop(handle, inputs));
         entry.stop = Some(Stop {
             operation: operation.clone(),
             deadline: sender,
@@ -333,7 +357,7 @@ impl Pod {
         }
         // A failed stop of its own does not stand in the way: the removal stops what still runs.
         let work = container::remove(handle, id.to_owned(), entry.create.clone());
-        let removal = Operation::spawn("remove the container", work, || {});
+        let removal = Operation::spawn("remove the container", work);
         entry.remove = Some(removal.clone());
         Ok(removal)
     }
@@ -347,7 +371,7 @@ impl Pod {
             return Operation::finished(Ok(()));
         }
         let work = super::stop::stop(self.handle.clone(), reason);
-        let stop = Operation::spawn("stop the pod sandbox", work, || {});
+        let stop = Operation::spawn("stop the pod sandbox", work);
         self.stop = Some(stop.clone());
         stop
     }
@@ -358,7 +382,7 @@ impl Pod {
             return removal;
         }
         let work = super::remove::remove(self.handle.clone());
-        let removal = Operation::spawn("remove the pod sandbox", work, || {});
+        let removal = Operation::spawn("remove the pod sandbox", work);
         self.remove = Some(removal.clone());
         removal
     }

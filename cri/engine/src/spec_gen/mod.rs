@@ -218,13 +218,22 @@ impl SpecError {
     }
 }
 
+/// Checks what a container's request alone can be wrong with, before anything is made for it.
+///
+/// # Errors
+/// The request asks for what cannot be, or for what this release does not do.
+pub fn check_container(pod: &PodSandboxConfig, container: &ContainerConfig) -> Result<(), SpecError> {
+    security::check(pod, container, &security_context(container))?;
+    mounts::check(container)
+}
+
 /// Turns a request into the config of a bundle, and checks the result as the runtime will.
 ///
 /// # Errors
 /// A field of the request cannot work, is not done yet, or needs what the image does not have.
 pub fn generate(inputs: &Inputs<'_>) -> Result<Generated, SpecError> {
+    check_container(inputs.pod, inputs.container)?;
     let context = security_context(inputs.container);
-    security::check(inputs, &context)?;
     let capabilities = security::capabilities(&context)?;
     let user = user::resolve(&context, &inputs.image.user, inputs.users)?;
     let process = process::process(inputs, &context, &capabilities, &user)?;

@@ -125,12 +125,11 @@ fn kernel(privileged: bool) -> Vec<Placed> {
     .collect()
 }
 
-/// The request's mounts, with the sources that were looked up.
-fn requested(container: &ContainerConfig, resolved: &[HostMount]) -> Result<Vec<Placed>> {
+/// What of the request's mounts is refused, wherever they come from.
+pub(super) fn check(container: &ContainerConfig) -> Result<()> {
     if container.mounts.len() > MOUNTS_MAX {
         return Err(invalid("config.mounts", format!("are more than {MOUNTS_MAX}")));
     }
-    let mut placed = Vec::with_capacity(container.mounts.len());
     for (i, mount) in container.mounts.iter().enumerate() {
         let field = |name: &str| format!("config.mounts[{i}].{name}");
         if mount.image.is_some() {
@@ -145,14 +144,24 @@ fn requested(container: &ContainerConfig, resolved: &[HostMount]) -> Result<Vec<
         if !mount.gid_mappings.is_empty() {
             return Err(unsupported(field("gid_mappings"), "an id-mapped mount"));
         }
+        let destination = inside(&field("container_path"), &mount.container_path)?;
+        if destination == "/" {
+            return Err(invalid(field("container_path"), "is the root of the container"));
+        }
+    }
+    Ok(())
+}
+
+/// The request's mounts, with the sources that were looked up.
+fn requested(container: &ContainerConfig, resolved: &[HostMount]) -> Result<Vec<Placed>> {
+    let mut placed = Vec::with_capacity(container.mounts.len());
+    for (i, mount) in container.mounts.iter().enumerate() {
+        let field = |name: &str| format!("config.mounts[{i}].{name}");
         // Not refused: clients ask to relabel on hosts that have no labels, and no container of ours has one that
         // would keep it from what is not relabelled.
         let _ = mount.selinux_relabel;
 
         let destination = inside(&field("container_path"), &mount.container_path)?;
-        if destination == "/" {
-            return Err(invalid(field("container_path"), "is the root of the container"));
-        }
         let source = resolved
             .iter()
             .find(|resolved| resolved.index == i)
@@ -220,6 +229,7 @@ mod tests {
     fn made(mounts: Vec<Mount>) -> Result<Vec<Value>> {
         let mut fixture = Fixture::default();
         fixture.set_mounts(mounts);
+        check(&fixture.container)?;
         of(&fixture, false, false)
     }
 

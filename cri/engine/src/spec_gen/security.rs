@@ -1,7 +1,10 @@
 //! Filters, labels, and what of `/proc` and `/sys` is hidden. What was asked for is done or refused, never dropped:
 //! no container starts weaker than its request.
 
-use coracle_proto::cri::{LinuxContainerSecurityContext, SeLinuxOption, security_profile::ProfileType};
+use coracle_proto::cri::{
+    ContainerConfig, LinuxContainerSecurityContext, PodSandboxConfig, SeLinuxOption,
+    security_profile::ProfileType,
+};
 use coracle_seccomp::{Abi, default_profile};
 use coracle_spec::load_seccomp;
 use serde_json::Value;
@@ -48,14 +51,18 @@ const READONLY: [&str; 5] = [
 ];
 
 /// What is refused whatever the rest says.
-pub(super) fn check(inputs: &Inputs<'_>, context: &LinuxContainerSecurityContext) -> Result<()> {
-    if inputs.container.windows.is_some() {
+pub(super) fn check(
+    pod: &PodSandboxConfig,
+    container: &ContainerConfig,
+    context: &LinuxContainerSecurityContext,
+) -> Result<()> {
+    if container.windows.is_some() {
         return Err(unsupported("config.windows", "a Windows container"));
     }
-    if !inputs.container.cdi_devices.is_empty() {
+    if !container.cdi_devices.is_empty() {
         return Err(unsupported("config.CDI_devices", "a CDI device"));
     }
-    pod::check_privileged(inputs.pod, context.privileged)?;
+    pod::check_privileged(pod, context.privileged)?;
     check_selinux(FIELD, context.privileged, context.selinux_options.as_ref())
 }
 

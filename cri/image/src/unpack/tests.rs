@@ -4,7 +4,7 @@ mod compared;
 
 use super::*;
 use crate::test_archive::{Archive, Header};
-use coracle_kernel::creds;
+use coracle_kernel::{Errno, creds, seccomp, syscall};
 use std::fs;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path as StdPath, PathBuf};
@@ -443,6 +443,22 @@ fn attributes_that_act_on_the_node_are_left_out() {
         "the capability survives the owner"
     );
     assert_eq!(layer.applied.skipped_xattrs, 4);
+}
+
+#[test]
+fn attributes_that_the_file_system_cannot_hold_are_counted() {
+    if !is_root() {
+        return;
+    }
+    let thread = std::thread::spawn(|| {
+        let missing = seccomp::lacking_program(syscall::FSETXATTR, None, Errno::EOPNOTSUPP);
+        seccomp::load(&missing, seccomp::FilterFlags::empty()).unwrap();
+        let archive = Archive::new()
+            .pax(&[("SCHILY.xattr.user.kept", "yes")])
+            .entry(&Header::new(b'0', b"f"), b"");
+        good(&archive.end()).applied.skipped_xattrs
+    });
+    assert_eq!(thread.join().unwrap(), 1);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The CRI's image service.
 
 use std::os::unix::fs::MetadataExt as _;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use coracle_image::{Credentials, Image as StoredImage, Reference};
 use coracle_proto::cri::image_service_server::ImageService;
@@ -59,8 +59,7 @@ impl ImageService for Images {
     }
 
     async fn pull_image(&self, request: Request<v1::PullImageRequest>) -> Answer<v1::PullImageResponse> {
-        // A client that gives up ends the pull: the deadline comes as a header and is honoured by dropping the call.
-        let deadline = deadline_of(request.metadata());
+        // A client that gives up, or whose deadline passes, has the call dropped, and with it the pull.
         let request = request.into_inner();
         let name = name_of(request.image)?;
         let reference: Reference = name
@@ -68,13 +67,7 @@ impl ImageService for Images {
             .map_err(|e| Status::invalid_argument(format!("image {name:?}: {}", status::chain(&e))))?;
         let credentials = credentials(request.auth.unwrap_or_default())?;
         let options = self.0.pulls.borrow().clone();
-        let pull = self.0.images.pull(&reference, credentials, &options);
-        let pulled = match deadline {
-            Some(limit) => tokio::time::timeout(limit, pull)
-                .await
-                .map_err(|_| Status::deadline_exceeded(format!("pull of {reference} within {limit:?}")))?,
-            None => pull.await,
-        };
+        let pulled = self.0.images.pull(&reference, credentials, &options).await;
         let image = pulled.map_err(|error| status::of_pull(&error))?;
         Ok(Response::new(v1::PullImageResponse {
             image_ref: image.id.to_string(),
@@ -86,12 +79,13 @@ impl ImageService for Images {
         request: Request<v1::RemoveImageRequest>,
     ) -> Answer<v1::RemoveImageResponse> {
         let name = name_of(request.into_inner().image)?;
-        let engine = self.0.engine.clone();
-        let removed = self
-            .0
-            .images
-            .remove(&name, move |id| engine.is_image_in_use(id))
-            .await;
+        let (images, engine) = (self.0.images.clone(), self.0.engine.clone());
+        // A client that hangs up must not leave it half-done.
+        let removal =
+            tokio::spawn(async move { images.remove(&name, |id| engine.is_image_in_use(id)).await });
+        let removed = removal
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?;
         removed.map_err(|error| status::of_image(&error))?;
         Ok(Response::new(v1::RemoveImageResponse {}))
     }
@@ -197,22 +191,6 @@ fn decode_base64(text: &str) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// `grpc-timeout` as gRPC writes it: up to eight digits and a unit.
-fn deadline_of(metadata: &tonic::metadata::MetadataMap) -> Option<Duration> {
-    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    let value: u64 = digits.parse().ok()?;
-    Some(match unit {
-        "H" => Duration::from_secs(value.checked_mul(3600)?),
-        "M" => Duration::from_secs(value.checked_mul(60)?),
-        "S" => Duration::from_secs(value),
-        "m" => Duration::from_millis(value),
-        "u" => Duration::from_micros(value),
-        "n" => Duration::from_nanos(value),
-        _ => return None,
-    })
-}
-
 fn nanoseconds(time: SystemTime) -> i64 {
     time.duration_since(UNIX_EPOCH)
         .map_or(0, |d| i64::try_from(d.as_nanos()).unwrap_or(i64::MAX))
@@ -235,20 +213,6 @@ mod tests {
         }
         assert_eq!(decode_base64("a b"), None);
         assert_eq!(decode_base64("é"), None);
-    }
-
-    #[test]
-    fn deadlines_are_read() {
-        let read = |text: &str| {
-            let mut metadata = tonic::metadata::MetadataMap::new();
-            metadata.insert("grpc-timeout", text.parse().unwrap());
-            deadline_of(&metadata)
-        };
-        assert_eq!(read("1m"), Some(Duration::from_millis(1)));
-        assert_eq!(read("120S"), Some(Duration::from_secs(120)));
-        for bad in ["", "S", "xS", "5", "5x", "99999999999999999999S"] {
-            assert_eq!(read(bad), None, "{bad}");
-        }
     }
 
     #[test]

@@ -52,7 +52,7 @@ impl RuntimeService for Runtime {
                 .map(|f| format!("{}: {}", f.what, f.cure))
                 .collect();
             let config = serde_json::json!({
-                "stateDir": self.0.root,
+                "rootDir": self.0.root,
                 "network": {"mode": self.0.network.mode(), "findings": findings},
             });
             info.insert("config".to_owned(), config.to_string());

@@ -12,12 +12,12 @@ use anyhow::{Result, bail};
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    match arguments
-        .iter()
-        .map(String::as_str)
-        .collect::<Vec<_>>()
-        .as_slice()
-    {
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    if !matches!(arguments.as_slice(), [oci::INNER, _]) {
+        print_machine();
+        sample::print_head();
+    }
+    match arguments.as_slice() {
         [] => {
             oci::run()?;
             cri::run()?;
@@ -29,4 +29,24 @@ fn main() -> Result<()> {
         ["memory"] => memory::run(),
         other => bail!("unknown arguments {other:?}: nothing, oci, cri or memory"),
     }
+}
+
+/// Figures are those of one machine: which one.
+#[allow(clippy::print_stdout, reason = "this is what the program is for")]
+fn print_machine() {
+    let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let cpus = text("/proc/cpuinfo");
+    let mut models = cpus.lines().filter(|line| line.starts_with("model name"));
+    let model = models.next().and_then(|line| line.split(": ").nth(1));
+    let count = std::thread::available_parallelism().map_or(0, usize::from);
+    println!(
+        "{count} × {}, Linux {}, {}; load before: {}\n",
+        model.unwrap_or("unknown processor"),
+        text("/proc/sys/kernel/osrelease").trim(),
+        std::env::consts::ARCH,
+        text("/proc/loadavg")
+            .split_whitespace()
+            .next()
+            .unwrap_or("unknown"),
+    );
 }

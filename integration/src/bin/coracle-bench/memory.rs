@@ -5,15 +5,17 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use coracle_integration::cell::Cell;
-use coracle_integration::client::{container_config, pod_config};
+use coracle_integration::client::Client;
 use coracle_integration::daemon::Daemon;
 use coracle_integration::image::busybox_layout;
+use coracle_integration::request::{container_config, pod_config};
+
+use crate::sample::print_size;
 
 const IMAGE: &str = "bench.example/busybox:1";
 const PODS: usize = 50;
 
 /// Runs fifty pods of two containers and reads the kernel's own figures.
-#[allow(clippy::print_stdout, reason = "this is what the program is for")]
 pub(crate) fn run() -> Result<()> {
     let cell = Cell::new("bench-memory")?;
     let layout = busybox_layout(cell.dir(), "busybox", IMAGE)?;
@@ -22,19 +24,33 @@ pub(crate) fn run() -> Result<()> {
     let client = daemon.client()?;
     let logs = cell.subdir("logs")?;
     let mut pods = Vec::new();
+    let measured = fill(&client, &logs, &mut pods).and_then(|()| measure(daemon.pid()?));
+    // Whatever has happened: pods outlive the daemon and us.
+    for sandbox in pods {
+        client.discard_pod(&sandbox)?;
+    }
+    daemon.terminate()?;
+    measured
+}
+
+fn fill(client: &Client, logs: &Path, pods: &mut Vec<String>) -> Result<()> {
     for n in 0..PODS {
-        let pod = pod_config(&format!("memory{n}"), &logs);
+        let pod = pod_config(&format!("memory{n}"), logs);
         let sandbox = client.run_pod(&pod)?;
+        pods.push(sandbox.clone());
         for name in ["one", "two"] {
             let config = container_config(name, IMAGE, &["sleep", "3600"]);
             let id = client.create(&sandbox, &config, &pod)?;
             client.start(&id)?;
         }
-        pods.push(sandbox);
     }
-    let daemon_kib = field(Path::new(&format!("/proc/{}/status", daemon.pid()?)), "VmRSS:")?;
+    Ok(())
+}
+
+fn measure(daemon: u32) -> Result<()> {
+    let daemon_kib = field(Path::new(&format!("/proc/{daemon}/status")), "VmRSS:")?;
     let mut private: Vec<u64> = Vec::new();
-    for pid in monitors(&cell)? {
+    for pid in monitors(daemon)? {
         private.push(field(
             Path::new(&format!("/proc/{pid}/smaps_rollup")),
             "Anonymous:",
@@ -46,34 +62,29 @@ pub(crate) fn run() -> Result<()> {
         "{} monitors found for {PODS} pods",
         private.len()
     );
-    println!("\n### Memory with {PODS} pods of two containers\n");
-    println!("| what | KiB |\n| --- | --- |");
-    println!(
-        "| a monitor, anonymous (smaps_rollup), median | {} |",
-        private[PODS / 2]
+    print_size(
+        "memory of a monitor with two containers (Anonymous of smaps_rollup)",
+        private[0],
+        private[PODS / 2],
+        "≤ 150 KiB",
     );
-    println!("| a monitor, anonymous, largest | {} |", private[PODS - 1]);
-    println!("| coracled, RSS | {daemon_kib} |");
-    for sandbox in pods {
-        client.discard_pod(&sandbox)?;
-    }
-    daemon.terminate()
+    let figure = format!("memory of coracled with {PODS} pods (RSS)");
+    print_size(&figure, daemon_kib, daemon_kib, "≤ 20480 KiB");
+    Ok(())
 }
 
-/// The monitors of the cell's daemon: they name their pod's state directory.
-fn monitors(cell: &Cell) -> Result<Vec<u32>> {
-    let state = cell.dir().join("state").display().to_string();
+/// The monitors of a daemon: others may be running on this machine, but not in the daemon's mount namespace.
+fn monitors(daemon: u32) -> Result<Vec<u32>> {
+    let namespace = |pid: u32| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+    let ours = namespace(daemon);
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
         let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let command = String::from_utf8_lossy(&command).replace('\0', " ");
-        if command.contains("monitor")
-            && (command.contains(&state) || is_memfd(pid))
-            && !command.contains("--root")
-        {
+        let is_monitor = command.split(|byte| *byte == 0).nth(1) == Some(b"monitor");
+        if is_monitor && is_memfd(pid) && namespace(pid) == ours {
             found.push(pid);
         }
     }

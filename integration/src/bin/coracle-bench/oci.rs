@@ -15,7 +15,7 @@ use coracle_integration::image::busybox_root;
 use coracle_kernel::caps::Capability;
 use serde_json::{Value, json};
 
-use crate::sample::{Row, Sample, print_table};
+use crate::sample::{Row, Sample, print_rows};
 
 /// The argument under which the bench starts itself in the namespace.
 pub(crate) const INNER: &str = "oci-in-namespace";
@@ -34,7 +34,8 @@ pub(crate) fn run() -> Result<()> {
     let scratch = tempfile::Builder::new()
         .prefix("coracle-bench-")
         .tempdir_in("/var/tmp")?;
-    let script = "mount -t cgroup2 cgroup2 /sys/fs/cgroup; exec \"$@\"";
+    // The state of containers is in memory, as it is where they are used: below /run.
+    let script = "mount -t cgroup2 cgroup2 /sys/fs/cgroup; mount -t tmpfs state /run; exec \"$@\"";
     let status = Command::new("unshare")
         .args(["--mount", "--propagation", "private", "sh", "-euc", script, "sh"])
         .arg(std::env::current_exe()?)
@@ -49,40 +50,56 @@ pub(crate) fn run() -> Result<()> {
 /// Takes the figures; the scratch directory is the caller's to remove.
 pub(crate) fn measure(scratch: &Path) -> Result<()> {
     let runtimes = runtimes(scratch)?;
-    let mut rows: Vec<Row> = ["create+start+delete", "create", "run", "exec"]
-        .map(|operation| Row {
-            operation,
-            samples: runtimes.iter().map(|r| (r.name, Sample::default())).collect(),
-        })
-        .into();
+    let measured = take_turns(&runtimes);
+    // Whatever has happened, the containers that stay would stay for good.
     for runtime in &runtimes {
-        runtime.call(&["run", "-d", "long"], &["--bundle", "long"])?;
+        runtime.call(&["delete", "--force", &runtime.long()], &[])?;
     }
-    for round in 0..ROUNDS {
+    print_rows(&measured?);
+    Ok(())
+}
+
+fn take_turns(runtimes: &[Runtime]) -> Result<Vec<Row>> {
+    let mut rows: Vec<Row> = [
+        ("create + start + delete", Some(0.5)),
+        ("create", None),
+        ("start", None),
+        ("delete", None),
+        ("run", Some(0.5)),
+        ("exec", Some(0.5)),
+    ]
+    .map(|(operation, target)| Row {
+        operation,
+        samples: runtimes.iter().map(|r| (r.name, Sample::default())).collect(),
+        target,
+    })
+    .into();
+    for runtime in runtimes {
+        runtime.call(&["run", "-d", &runtime.long()], &["--bundle", "long"])?;
+    }
+    for round in 0..=ROUNDS {
         for (n, runtime) in runtimes.iter().enumerate() {
-            let id = format!("c{round}");
-            let [lifecycle, create, whole, exec] = rows.as_mut_slice() else {
+            let id = format!("bench-{}-{round}", runtime.name);
+            // The first round fills caches and is not counted.
+            let mut warm_up: Vec<Sample> = vec![Sample::default(); rows.len()];
+            let mut samples: Vec<&mut Sample> = if round == 0 {
+                warm_up.iter_mut().collect()
+            } else {
+                rows.iter_mut().map(|row| &mut row.samples[n].1).collect()
+            };
+            let [lifecycle, create, start, delete, run, exec] = samples.as_mut_slice() else {
                 continue;
             };
-            let (create, lifecycle) = (&mut create.samples[n].1, &mut lifecycle.samples[n].1);
             lifecycle.time(|| {
                 create.time(|| runtime.call(&["create", &id], &["--bundle", "short"]))?;
-                runtime.call(&["start", &id], &[])?;
-                runtime.call(&["delete", "--force", &id], &[])
+                start.time(|| runtime.call(&["start", &id], &[]))?;
+                delete.time(|| runtime.call(&["delete", "--force", &id], &[]))
             })?;
-            whole.samples[n]
-                .1
-                .time(|| runtime.call(&["run", &id], &["--bundle", "short"]))?;
-            exec.samples[n]
-                .1
-                .time(|| runtime.call(&["exec", "long", "/bin/true"], &[]))?;
+            run.time(|| runtime.call(&["run", &id], &["--bundle", "short"]))?;
+            exec.time(|| runtime.call(&["exec", &runtime.long(), "/bin/true"], &[]))?;
         }
     }
-    for runtime in &runtimes {
-        runtime.call(&["delete", "--force", "long"], &[])?;
-    }
-    print_table("OCI runtimes, default seccomp profile, no limits", ROUNDS, &rows);
-    Ok(())
+    Ok(rows)
 }
 
 fn runtimes(scratch: &Path) -> Result<Vec<Runtime>> {
@@ -105,10 +122,7 @@ fn runtimes(scratch: &Path) -> Result<Vec<Runtime>> {
             let config = config(&spec, &profile, &root, &args, name == "crun")?;
             fs::write(dir.join("config.json"), config.to_string())?;
         }
-        let mut globals = vec![
-            "--root".to_owned(),
-            scratch.join(format!("{name}-state")).display().to_string(),
-        ];
+        let mut globals = vec!["--root".to_owned(), format!("/run/bench/{name}")];
         if name == "crun" {
             globals.push("--cgroup-manager=disabled".into());
         }
@@ -166,6 +180,11 @@ fn config(spec: &Value, profile: &Value, root: &Path, args: &Value, old: bool) -
 }
 
 impl Runtime {
+    /// The container that stays; its cgroup has its name, and no two runtimes take the same.
+    fn long(&self) -> String {
+        format!("bench-{}-long", self.name)
+    }
+
     /// One command to its end; a failure carries what it printed.
     fn call(&self, arguments: &[&str], options: &[&str]) -> Result<()> {
         let log = self.bundle.join("log");

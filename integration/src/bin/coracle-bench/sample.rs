@@ -1,4 +1,4 @@
-//! Times of one operation under several programs, taken in turns, and the table of them.
+//! Times of one operation under several programs, taken in turns, and the one table of all figures.
 
 use std::time::{Duration, Instant};
 
@@ -8,12 +8,14 @@ use anyhow::Result;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Sample(Vec<Duration>);
 
-/// One line of a table: an operation, and a sample for each program; ours is the first.
+/// An operation, and a sample for each program; ours is the first.
 pub(crate) struct Row {
     /// What was done.
     pub(crate) operation: &'static str,
     /// Program and times.
     pub(crate) samples: Vec<(&'static str, Sample)>,
+    /// What we want to be at most, as a part of the first peer's time.
+    pub(crate) target: Option<f64>,
 }
 
 impl Sample {
@@ -41,33 +43,47 @@ impl Sample {
     }
 }
 
-/// Prints rows as a Markdown table: milliseconds (min, p50) and the ratios ours / peer.
+/// Prints the head of the table.
 #[allow(clippy::print_stdout, reason = "this is what the program is for")]
-pub(crate) fn print_table(title: &str, rounds: usize, rows: &[Row]) {
-    println!("\n### {title} ({rounds} rounds, in turns)\n");
-    println!("| operation | program | min ms | p50 ms | ours / peer, min | ours / peer, p50 |");
-    println!("| --- | --- | --- | --- | --- | --- |");
+pub(crate) fn print_head() {
+    println!(
+        "| figure | Coracle min | p50 | peer | peer min | p50 | ratio min | p50 | target |\n\
+         | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    );
+}
+
+/// Prints a line of the table for each peer, or one without peers where there is none.
+#[allow(clippy::print_stdout, reason = "this is what the program is for")]
+pub(crate) fn print_rows(rows: &[Row]) {
+    let shown = |time: Duration| format!("{:.2} ms", time.as_secs_f64() * 1e3);
+    let ratio = |ours: Duration, peer: Duration| format!("{:.2}", ours.as_secs_f64() / peer.as_secs_f64());
     for row in rows {
-        let Some((_, ours)) = row.samples.first() else {
+        let Some(((_, ours), peers)) = row.samples.split_first() else {
             continue;
         };
-        for (program, sample) in &row.samples {
-            let ms = |d: Duration| d.as_secs_f64() * 1e3;
-            let ratio = |a: Duration, b: Duration| {
-                if b.is_zero() {
-                    "–".to_owned()
-                } else {
-                    format!("{:.2}", a.as_secs_f64() / b.as_secs_f64())
-                }
-            };
+        let (min, median) = (ours.min(), ours.median());
+        let head = format!("| {} | {} | {}", row.operation, shown(min), shown(median));
+        if peers.is_empty() {
+            println!("{head} | | | | | | |");
+        }
+        for (n, (name, peer)) in peers.iter().enumerate() {
+            let target = row
+                .target
+                .filter(|_| n == 0)
+                .map_or_else(String::new, |t| format!("≤ {t}"));
             println!(
-                "| {} | {program} | {:.2} | {:.2} | {} | {} |",
-                row.operation,
-                ms(sample.min()),
-                ms(sample.median()),
-                ratio(ours.min(), sample.min()),
-                ratio(ours.median(), sample.median()),
+                "{head} | {name} | {} | {} | {} | {} | {target} |",
+                shown(peer.min()),
+                shown(peer.median()),
+                ratio(min, peer.min()),
+                ratio(median, peer.median()),
             );
         }
     }
+}
+
+/// Prints a line of the table for a size, smallest and middle one.
+#[allow(clippy::print_stdout, reason = "this is what the program is for")]
+pub(crate) fn print_size(figure: &str, min_kib: u64, median_kib: u64, target: &str) {
+    println!("| {figure} | {min_kib} KiB | {median_kib} KiB | | | | | | {target} |");
 }

@@ -34,7 +34,7 @@ pub(crate) struct Shared {
     pub(super) preserve_fds: u16,
 }
 
-/// `create [FLAGS] ID`
+/// Create a container
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]

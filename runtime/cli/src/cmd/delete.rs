@@ -6,7 +6,7 @@ use super::entry;
 use crate::globals::Globals;
 use crate::log::Log;
 
-/// `delete [FLAGS] ID`
+/// Delete a container and what belongs to it
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Kill it first where it runs; one that does not exist is no error

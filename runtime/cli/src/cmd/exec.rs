@@ -11,7 +11,7 @@ use crate::foreground::Foreground;
 use crate::globals::Globals;
 use crate::log::Log;
 
-/// `exec [FLAGS] ID [COMMAND…]`
+/// Execute one more process in a running container
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Unix socket that takes the master of the terminal

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use coracle_spec::{Supported, features};
 
-/// `features`
+/// Print what this runtime can do
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {}
 

@@ -7,7 +7,7 @@ use coracle_kernel::signal::Signal;
 use super::entry;
 use crate::globals::Globals;
 
-/// `kill ID [SIGNAL]`
+/// Send a signal to the init of a container (SIGTERM where none is given)
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Accepted as callers pass it: an ended init is no error then

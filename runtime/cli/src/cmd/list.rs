@@ -9,7 +9,7 @@ use coracle_spec::ContainerState;
 
 use crate::globals::Globals;
 
-/// `list [FLAGS]`
+/// List containers
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Format of the list

@@ -16,7 +16,8 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use clap::Subcommand;
+use clap::error::ErrorKind;
+use clap::{ArgMatches, Args as _, FromArgMatches, Subcommand};
 use coracle_container::{Entry, Error, Store};
 use coracle_kernel::{path, scm};
 
@@ -29,7 +30,7 @@ pub(crate) const FAILED: u8 = 1;
 const EXEC_FAILED: u8 = 255;
 
 /// What to do.
-#[derive(Debug, Subcommand)]
+#[derive(Debug)]
 pub(crate) enum Command {
     /// Create a container
     Create(create::Args),
@@ -52,8 +53,100 @@ pub(crate) enum Command {
     /// Print what this runtime can do
     Features(features::Args),
     /// Stay with a pod
-    #[command(hide = true)]
     Monitor(monitor::Args),
+}
+
+/// Written out, and not derived, for one reason: the flags of a command are put together only where it is the one that
+/// is called. All of them together cost more than `state` or `start` does.
+impl Subcommand for Command {
+    fn augment_subcommands(parser: clap::Command) -> clap::Command {
+        // The line for the list of commands; the command's own help has it from its flags.
+        let command = |name, about, flags: fn(clap::Command) -> clap::Command| {
+            clap::Command::new(name).about(about).defer(flags)
+        };
+        parser.subcommands([
+            command("create", "Create a container", create::Args::augment_args),
+            command(
+                "start",
+                "Start the program of a created container",
+                start::Args::augment_args,
+            ),
+            command(
+                "run",
+                "Create a container and start its program",
+                run::Args::augment_args,
+            ),
+            command(
+                "exec",
+                "Execute one more process in a running container",
+                exec::Args::augment_args,
+            ),
+            command(
+                "state",
+                "Print the state of a container",
+                state::Args::augment_args,
+            ),
+            command(
+                "kill",
+                "Send a signal to the init of a container (SIGTERM where none is given)",
+                kill::Args::augment_args,
+            ),
+            command(
+                "delete",
+                "Delete a container and what belongs to it",
+                delete::Args::augment_args,
+            ),
+            command("list", "List containers", list::Args::augment_args),
+            command(
+                "spec",
+                "Write a configuration to begin with",
+                spec::Args::augment_args,
+            ),
+            command(
+                "features",
+                "Print what this runtime can do",
+                features::Args::augment_args,
+            ),
+            command("monitor", "Stay with a pod", monitor::Args::augment_args).hide(true),
+        ])
+    }
+
+    fn augment_subcommands_for_update(parser: clap::Command) -> clap::Command {
+        Self::augment_subcommands(parser)
+    }
+
+    fn has_subcommand(name: &str) -> bool {
+        Self::augment_subcommands(clap::Command::new(""))
+            .find_subcommand(name)
+            .is_some()
+    }
+}
+
+impl FromArgMatches for Command {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let Some((name, args)) = matches.subcommand() else {
+            return Err(clap::Error::new(ErrorKind::MissingSubcommand));
+        };
+        Ok(match name {
+            "create" => Command::Create(create::Args::from_arg_matches(args)?),
+            "start" => Command::Start(start::Args::from_arg_matches(args)?),
+            "run" => Command::Run(run::Args::from_arg_matches(args)?),
+            "exec" => Command::Exec(Box::new(exec::Args::from_arg_matches(args)?)),
+            "state" => Command::State(state::Args::from_arg_matches(args)?),
+            "kill" => Command::Kill(kill::Args::from_arg_matches(args)?),
+            "delete" => Command::Delete(delete::Args::from_arg_matches(args)?),
+            "list" => Command::List(list::Args::from_arg_matches(args)?),
+            "spec" => Command::Spec(spec::Args::from_arg_matches(args)?),
+            "features" => Command::Features(features::Args::from_arg_matches(args)?),
+            "monitor" => Command::Monitor(monitor::Args::from_arg_matches(args)?),
+            _ => return Err(clap::Error::new(ErrorKind::InvalidSubcommand)),
+        })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
 }
 
 /// A call that failed.

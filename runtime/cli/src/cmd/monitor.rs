@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-/// `monitor`
+/// Stay with a pod
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {}
 

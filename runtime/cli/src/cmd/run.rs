@@ -9,7 +9,7 @@ use crate::foreground::Foreground;
 use crate::globals::Globals;
 use crate::log::Log;
 
-/// `run [FLAGS] ID`
+/// Create a container and start its program
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]

@@ -10,7 +10,7 @@ use coracle_spec::{default_spec, rootless_spec};
 
 use super::bundle;
 
-/// `spec [FLAGS]`
+/// Write a configuration to begin with
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Directory of the bundle, the current one by default

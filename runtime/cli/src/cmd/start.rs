@@ -5,7 +5,7 @@ use coracle_container::start_stored;
 use super::entry;
 use crate::globals::Globals;
 
-/// `start ID`
+/// Start the program of a created container
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Name of the container

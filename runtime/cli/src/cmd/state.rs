@@ -7,7 +7,7 @@ use coracle_container::Error;
 use super::entry;
 use crate::globals::Globals;
 
-/// `state ID`
+/// Print the state of a container
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Name of the container

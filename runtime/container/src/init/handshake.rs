@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! runtime                         init
+//!    |<--- Cloned + descriptor -----|  only from a process between, which has cloned the init
 //!    |                              |  waits
 //!    |---- Go --------------------->|  (in its cgroup, ids mapped)
 //!    |<--- Mounted -----------------|  only where there are prestart or createRuntime hooks
@@ -10,6 +11,8 @@
 //!    |<--- Ready -------------------|  everything was done that can be done before the start
 //!    |---- Recorded --------------->|  the container is on record and will be found again
 //! ```
+//!
+//! At any moment before `Ready` come warnings, and instead of any word a failure.
 //!
 //! Then the init waits at its start barrier, another socket of the same kind, over which anyone who may start the
 //! container says `Go` and reads either a failure or, after `Entering`, the end of file that `execve` makes.

@@ -1,10 +1,11 @@
-//! From the clone to `execve`: the side that stays outside (`parent`), the side that becomes the program (`child`),
-//! the steps that it takes (`steps`), and the words between the two (`handshake`, `error`).
+//! From the clone to `execve`: the side that stays outside (`parent`, `outside`), the side that becomes the program
+//! (`child`), the steps that it takes (`steps`), and the words between the two (`handshake`, `error`).
 
 mod between;
 mod child;
 mod error;
 mod handshake;
+mod outside;
 mod parent;
 mod setup;
 mod steps;

@@ -7,16 +7,14 @@ use std::time::Duration;
 use coracle_cgroup::{Manager, Placement};
 use coracle_kernel::clone::Clone3;
 use coracle_kernel::namespace::Kinds;
-use coracle_kernel::procfs::Procfs;
-use coracle_kernel::rlimit::{self, Resource};
 use coracle_kernel::signal::Signal;
 use coracle_kernel::wait::{self, Id};
-use coracle_kernel::{Errno, creds, epoll, idmap, namespace, pidfd, scm};
-use coracle_spec::{Config, HookState, Process, Status};
+use coracle_kernel::{Errno, creds, epoll, pidfd, scm};
 
 use super::error::{Failure, Kind};
 use super::handshake::{Heard, Link, Order, Word};
-use super::setup::{Init, Role, Setup};
+use super::outside::Outside;
+use super::setup::{Role, Setup};
 use super::{between, child};
 use crate::hooks;
 
@@ -73,8 +71,6 @@ pub(crate) struct Launch<'a> {
     pub(crate) console: Option<Console>,
     /// The bundle's directory, in which hooks run.
     pub(crate) hooks_cwd: Option<OwnedFd>,
-    /// The mount namespace that the clone is made in; ours where there is none.
-    pub(crate) mount_namespace: Option<OwnedFd>,
 }
 
 /// A process that has done everything up to its start; killed if it is dropped before [`Newborn::keep`].
@@ -89,6 +85,8 @@ pub(crate) struct Newborn {
     pub(crate) warnings: Vec<String>,
     link: Link,
     parent: Parent,
+    /// The process between, which ends while we go on.
+    between: Option<OwnedFd>,
 }
 
 /// Clones the process, sets it up from outside and waits until it is ready.
@@ -110,25 +108,21 @@ fn clone_and_set_up(launch: Launch<'_>, cgroup: &dyn Manager) -> Result<Newborn,
         parent,
         console,
         hooks_cwd,
-        mount_namespace,
     } = launch;
     let (ours, theirs) = Link::pair().map_err(|source| call("make a socket", source))?;
+    // One more process of a container gets into its cgroup by the process between, which is cloned there while we see the
+    // host's groups, and by inheritance: a move afterwards waits for every processor, many milliseconds. The process
+    // between holds nothing there but a place among the container's processes, for less than a millisecond.
+    let between_too = matches!(role, Role::Exec);
     let place = match cgroup.place()? {
-        Placement::Into(leaf) if !setup.namespaces.clones_as_stranger() => Some(leaf),
+        Placement::Into(leaf) if between_too || !setup.namespaces.clones_as_stranger() => Some(leaf),
         _ => None,
     };
     if !setup.rootless {
         // Inherited by the child, so that there is no moment in which it could be traced.
         creds::set_dumpable(false).map_err(|source| call("become untraceable", source))?;
     }
-    let outside = Outside {
-        process: setup.process,
-        rootless: setup.rootless,
-        init: match &role {
-            Role::Init(init) => Some(Maps::of(init, &setup)),
-            Role::Exec => None,
-        },
-    };
+    let outside = Outside::of(&setup, &role);
     let two = setup.namespaces.needs_two_clones();
     // The child must not hold our end, or it would never see it close. It takes both out of its own copy.
     let ends = Cell::new(Some((ours, theirs)));
@@ -139,22 +133,11 @@ fn clone_and_set_up(launch: Launch<'_>, cgroup: &dyn Manager) -> Result<Newborn,
             setup.namespaces.clone_flags()
         },
         sibling: parent == Parent::Sibling,
-        cgroup: if two {
+        cgroup: if two && !between_too {
             None
         } else {
             place.as_ref().map(AsFd::as_fd)
         },
-    };
-    // Only for the clone: hooks and everything else of ours stay in the host's.
-    let home = match &mount_namespace {
-        None => None,
-        Some(base) => {
-            let home = namespace::open_own(namespace::Kind::Mount);
-            let home = home.map_err(|source| call("open our mount namespace", source))?;
-            namespace::enter(base, namespace::Kind::Mount)
-                .map_err(|source| call("enter the pod's mount namespace", source))?;
-            Some(home)
-        }
     };
     let child = clone.spawn(|| {
         let Some((ours, theirs)) = ends.take() else {
@@ -162,15 +145,11 @@ fn clone_and_set_up(launch: Launch<'_>, cgroup: &dyn Manager) -> Result<Newborn,
         };
         drop(ours);
         if two {
-            between::run(setup, role, theirs, place.as_ref())
+            between::run(setup, role, theirs, place.as_ref().filter(|_| !between_too))
         } else {
             child::run(setup, role, theirs)
         }
     });
-    if let Some(home) = home {
-        namespace::enter(home, namespace::Kind::Mount)
-            .map_err(|source| call("return to our mount namespace", source))?;
-    }
     let child = child.map_err(|source| call("clone the container's init", source))?;
     let Some((link, _)) = ends.take() else {
         return Err(LaunchError::Died("no socket".to_owned()));
@@ -182,15 +161,13 @@ fn clone_and_set_up(launch: Launch<'_>, cgroup: &dyn Manager) -> Result<Newborn,
         warnings: Vec::new(),
         link,
         parent,
+        between: None,
     };
     if two {
         newborn = newborn.second()?;
     }
-    outside.prepare(
-        newborn.pid,
-        (place.is_none()).then_some(cgroup),
-        &mut newborn.warnings,
-    )?;
+    let cgroup = (place.is_none()).then_some(cgroup);
+    outside.prepare(newborn.pid, cgroup, &mut newborn.warnings)?;
     newborn.order(Order::Go)?;
     newborn.listen(console, &outside, hooks_cwd.as_ref())?;
     Ok(newborn)
@@ -227,6 +204,7 @@ impl Newborn {
                 Err(errno) => return Err(self.died(errno)),
             }
         }
+        self.reap_between()?;
         self.pidfd
             .take()
             .ok_or_else(|| LaunchError::Died("no pidfd".to_owned()))
@@ -242,17 +220,23 @@ impl Newborn {
         let Some(pidfd) = self.expect_cloned()? else {
             return Err(LaunchError::Died("no pidfd came along".to_owned()));
         };
-        let between = self.pidfd.replace(pidfd);
-        if let (Parent::Direct, Some(between)) = (self.parent, between) {
-            wait::wait(Id::Pidfd(between.as_fd()))
-                .map_err(|source| call("reap the process between", source))?;
-        }
+        self.between = self.pidfd.replace(pidfd);
         let pidfd = self
             .pidfd
             .as_ref()
             .ok_or_else(|| LaunchError::Died("no pidfd".to_owned()))?;
         self.pid = pidfd::pid(pidfd).map_err(|source| call("find the init's pid", source))?;
         Ok(self)
+    }
+
+    /// It is ours to reap where the init is our child too; else the monitor reaps both.
+    fn reap_between(&mut self) -> Result<(), LaunchError> {
+        match self.between.take() {
+            Some(between) if self.parent == Parent::Direct => wait::wait(Id::Pidfd(between.as_fd()))
+                .map(drop)
+                .map_err(|source| call("reap the process between", source)),
+            _ => Ok(()),
+        }
     }
 
     fn expect_cloned(&mut self) -> Result<Option<OwnedFd>, LaunchError> {
@@ -337,8 +321,12 @@ impl Newborn {
 
 impl Drop for Newborn {
     fn drop(&mut self) {
+        // Dead already is as good, here and below. It may stand still in a frozen cgroup.
+        if let Some(between) = &self.between {
+            let _ = pidfd::send_signal(between, Signal::KILL);
+        }
+        let _ = self.reap_between();
         let Some(pidfd) = &self.pidfd else { return };
-        // Dead already is as good.
         let _ = pidfd::send_signal(pidfd, Signal::KILL);
         if self.parent == Parent::Direct {
             let _ = wait::wait(Id::Pidfd(pidfd.as_fd()));
@@ -355,116 +343,6 @@ pub(crate) enum Keep {
     UntilProgram,
 }
 
-/// What is left with us of a setup that went into the child.
-struct Outside<'a> {
-    process: &'a Process,
-    rootless: bool,
-    init: Option<Maps<'a>>,
-}
-
-/// The same of an init.
-struct Maps<'a> {
-    id: &'a str,
-    config: &'a Config,
-    bundle: &'a std::path::Path,
-    uids: Vec<idmap::Line>,
-    gids: Vec<idmap::Line>,
-}
-
-impl<'a> Maps<'a> {
-    fn of(init: &Init<'a>, setup: &Setup<'_>) -> Maps<'a> {
-        let new = setup.namespaces.new.contains(Kinds::USER);
-        let lines = |lines: &[idmap::Line]| if new { lines.to_vec() } else { Vec::new() };
-        Maps {
-            id: init.id,
-            config: init.config,
-            bundle: init.bundle,
-            uids: lines(&init.uids),
-            gids: lines(&init.gids),
-        }
-    }
-
-    /// The hooks that run in our namespaces, with everything mounted in the container's.
-    fn run_hooks(&self, pid: i32, cwd: &OwnedFd) -> Result<(), hooks::Error> {
-        let state = HookState::new(
-            self.id,
-            Status::Creating,
-            pid,
-            self.bundle,
-            &self.config.annotations,
-        );
-        let place = |list| hooks::Place {
-            list,
-            cwd: cwd.as_fd(),
-            default_env: &[],
-        };
-        hooks::run(&self.config.hooks.prestart, place("prestart"), &state)?;
-        hooks::run(&self.config.hooks.create_runtime, place("createRuntime"), &state)
-    }
-}
-
-impl Outside<'_> {
-    /// Before its first step: ids, cgroup, limits, oom score.
-    fn prepare(
-        &self,
-        pid: i32,
-        cgroup: Option<&dyn Manager>,
-        warnings: &mut Vec<String>,
-    ) -> Result<(), LaunchError> {
-        if let Some(maps) = self.init.as_ref().filter(|maps| !maps.uids.is_empty()) {
-            let map = || {
-                let procfs = Procfs::visible()?;
-                if self.rootless {
-                    // Without privilege the kernel takes a gid map only from those who gave up setgroups.
-                    idmap::deny_setgroups(&procfs, pid)?;
-                }
-                idmap::write_uid_map(&procfs, pid, &maps.uids)?;
-                idmap::write_gid_map(&procfs, pid, &maps.gids)
-            };
-            map().map_err(|source| call("map the ids of the user namespace", source))?;
-        }
-        if let Some(cgroup) = cgroup {
-            cgroup.add(pid)?;
-        }
-        self.raise_limits(pid)?;
-        if let Some(score) = self.process.oom_score_adj {
-            match set_oom_score_adj(pid, score) {
-                Ok(()) => {}
-                // A score below the present one is not ours to give: it stays where it is, the nearest there is.
-                Err(error) if matches!(error.errno(), Errno::EACCES | Errno::EPERM) => {
-                    warnings.push(format!(
-                        "oom_score_adj {score} is not permitted here, it stays as it is"
-                    ));
-                }
-                Err(source) => return Err(call("set oom_score_adj", source)),
-            }
-        }
-        Ok(())
-    }
-
-    /// Raises the hard limits that the process may not raise itself. The limits as they are to be it takes on at the
-    /// very end: a low one is meant for the program, not for what is done in its place.
-    fn raise_limits(&self, pid: i32) -> Result<(), LaunchError> {
-        let raise = || {
-            for limit in &self.process.rlimits {
-                let resource = Resource::from_number(limit.resource);
-                let (soft, hard) = rlimit::get(0, resource)?;
-                if limit.hard > hard {
-                    rlimit::set(pid.unsigned_abs(), resource, soft, limit.hard)?;
-                }
-            }
-            Ok(())
-        };
-        raise().map_err(|source| call("raise a resource limit", source))
-    }
-}
-
-fn set_oom_score_adj(pid: i32, score: i32) -> coracle_kernel::Result<()> {
-    let path = format!("/proc/{pid}/oom_score_adj");
-    std::fs::write(&path, score.to_string())
-        .map_err(|error| coracle_kernel::Error::from_io("write", path, &error))
-}
-
-fn call(doing: &'static str, source: coracle_kernel::Error) -> LaunchError {
+pub(super) fn call(doing: &'static str, source: coracle_kernel::Error) -> LaunchError {
     LaunchError::Call { doing, source }
 }

@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::Case;
 use crate::bundle::{bundle, bundle_with, process, remove_cgroups, sub_group};
 use crate::client::{Monitor, PATIENCE};
-use crate::look::{closed_again, eventually, mounts, state, wait_end};
+use crate::look::{closed_again, mounts, state, wait_end};
 
 pub(crate) const ALL: &[Case] = &[
     ("a_container_lives_and_dies", a_container_lives_and_dies),
