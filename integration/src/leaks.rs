@@ -56,6 +56,25 @@ pub fn snapshot(cell: &Cell) -> Result<Snapshot> {
     take(&cell.pid().to_string(), Some(&cell.cgroup()))
 }
 
+/// The monitors of the daemons that this process started, by their cgroups.
+pub fn monitors() -> Result<Vec<i32>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").context("list /proc")? {
+        let entry = entry.context("list /proc")?;
+        let Ok(pid) = entry.file_name().to_string_lossy().parse() else {
+            continue;
+        };
+        let groups = fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
+        if watched()
+            .iter()
+            .any(|daemon| groups.contains(&format!("/{}/monitors/", daemon.instance)))
+        {
+            found.push(pid);
+        }
+    }
+    Ok(found)
+}
+
 impl Snapshot {
     /// Everything of one kind.
     #[must_use]

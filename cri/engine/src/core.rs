@@ -1,7 +1,9 @@
 //! What every part of the engine shares: configuration, neighbours, places.
 
 use std::collections::BTreeMap;
+use std::fs::DirBuilder;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -95,8 +97,12 @@ impl Core {
         let paths = Paths {
             state: config.state.clone(),
         };
-        std::fs::create_dir_all(paths.monitors()).step("make the state directory")?;
-        std::fs::create_dir_all(paths.pods()).step("make the state directory")?;
+        let mut private = DirBuilder::new();
+        let private = private.recursive(true).mode(0o700);
+        private
+            .create(paths.monitors())
+            .step("make the state directory")?;
+        private.create(paths.pods()).step("make the state directory")?;
         let volatile =
             Store::open(&config.state.join("volatile.db")).step("open the database of this boot")?;
         findings.extend(volatile.findings);

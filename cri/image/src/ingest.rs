@@ -5,7 +5,7 @@
 //! that stands for itself is settled at once, the others in [`Ingest::finish`], from the lowest up.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::OwnedMutexGuard;
@@ -22,6 +22,9 @@ use crate::reference::Reference;
 use crate::report::Report;
 use crate::stage::Unpacking;
 use crate::store::Inner;
+
+/// What the reports of an image's layers may hold in memory until the layers below have come.
+const MAX_HELD_BYTES: u64 = 64 << 20;
 
 /// An image that is to be brought in: everything about it but its layers' content.
 #[derive(Clone, Debug)]
@@ -77,6 +80,8 @@ struct Shared {
     store: Arc<Inner>,
     image: NewImage,
     slots: Vec<Slot>,
+    /// What the reports of unpacked layers hold in memory.
+    held_bytes: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -120,7 +125,12 @@ impl Ingest {
             });
         }
         Ok(Ingest {
-            shared: Arc::new(Shared { store, image, slots }),
+            shared: Arc::new(Shared {
+                store,
+                image,
+                slots,
+                held_bytes: AtomicU64::new(0),
+            }),
         })
     }
 
@@ -237,7 +247,16 @@ impl Shared {
         }
         let state = match report.is_self_contained() {
             true => State::Present(commit::settle(half, &report, &slot.chain_id, None)?),
-            false => State::Unpacked(half, report),
+            false => {
+                let held = report.held_bytes();
+                if self.held_bytes.fetch_add(held, Ordering::Relaxed) + held > MAX_HELD_BYTES {
+                    return Err(ImageError::Unpack {
+                        digest: self.image.layers[index].digest.clone(),
+                        reason: "the image's layers refer to too many paths of layers below them".to_owned(),
+                    });
+                }
+                State::Unpacked(half, report)
+            }
         };
         *slot.lock() = state;
         Ok(())

@@ -6,7 +6,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::digest::Digest;
 
 /// The longest answer that the daemon reads.
-pub(crate) const MAX_REPORT_BYTES: u64 = 64 << 20;
+pub(crate) const MAX_REPORT_BYTES: u64 = 8 << 20;
 /// Bytes of the header in front of the compressed stream.
 pub(crate) const LIMITS_BYTES: usize = 24;
 
@@ -87,6 +87,14 @@ impl Limits {
 }
 
 impl Report {
+    /// Bytes that it keeps in memory for as long as the layers below are on their way.
+    pub(crate) fn held_bytes(&self) -> u64 {
+        let links = self.links.iter().flat_map(|(name, target)| [name, target]);
+        let paths = self.opaque.iter().chain(&self.implied).chain(links);
+        let bytes: usize = paths.map(|path| path.0.len() + size_of::<LayerPath>()).sum();
+        bytes as u64
+    }
+
     /// Nothing here depends on the layers below.
     pub(crate) fn is_self_contained(&self) -> bool {
         self.implied.is_empty() && self.links.is_empty()

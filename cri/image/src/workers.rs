@@ -123,8 +123,8 @@ impl Workers {
         };
         let home = Arc::clone(&self.home());
         let child = match spawn(&home) {
-            // Of what a start opens, a removed cgroup alone answers so.
-            Err(error) if error.errno() == Errno::ENODEV => {
+            // What a removed cgroup answers: to a write into it on v1, to a clone into it on v2.
+            Err(error) if matches!(error.errno(), Errno::ENODEV | Errno::ENOENT) => {
                 tracing::warn!(%error, "the cgroup of the image workers was removed, it is made anew");
                 let home = Arc::new((self.make_home)());
                 *self.home() = Arc::clone(&home);

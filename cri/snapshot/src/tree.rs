@@ -5,12 +5,17 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 
 use coracle_kernel::path::{self, Kind, OFlags};
 use coracle_kernel::{Errno, Error, Result, file};
 
 /// Directories that are open at once while walking; what lies deeper is moved up first.
 const MAX_DEPTH: usize = 64;
+/// Entries after which a tree is counted no further.
+const MAX_COUNTED: u64 = 2_000_000;
+/// Bytes of the names of directories that are still to be counted.
+const MAX_KNOWN_BYTES: usize = 16 << 20;
 /// Names read from a directory at once.
 const BATCH: usize = 4096;
 
@@ -36,52 +41,40 @@ pub fn remove(dir: impl AsFd, name: &OsStr) -> Result<()> {
 }
 
 /// Counts what `dir` and everything below it take.
+///
+/// Whoever writes there decides how much there is to count: after [`MAX_COUNTED`] entries the figures so far are given,
+/// and what is known of the tree at any time takes [`MAX_KNOWN_BYTES`] at most.
 pub fn usage(dir: impl AsFd) -> Result<Usage> {
     let mut usage = Usage {
         bytes: file::allocated_bytes(&dir)?,
         inodes: 1,
     };
-    let mut levels = vec![Level {
-        names: directory_names(&dir, &mut usage)?,
-        fd: file::open_dir_beneath(&dir, OsStr::new("."))?,
-    }];
-    while let Some(level) = levels.last_mut() {
-        let Some(name) = level.names.pop() else {
-            levels.pop();
-            continue;
-        };
+    let mut pending = vec![PathBuf::from(".")];
+    let mut known_bytes = 0;
+    while let Some(place) = pending.pop() {
+        known_bytes -= place.as_os_str().len().min(known_bytes);
         // A running container adds and removes files meanwhile; an estimate at most a minute old is what is wanted.
-        let Ok(fd) = open_dir(&level.fd, &name) else {
+        let Ok(fd) = path::Root::new(&dir).open_real(&place, OFlags::RDONLY | OFlags::DIRECTORY) else {
             continue;
         };
-        usage.bytes += file::allocated_bytes(&fd)?;
-        usage.inodes += 1;
-        if levels.len() < MAX_DEPTH {
-            let names = directory_names(&fd, &mut usage)?;
-            levels.push(Level { names, fd });
+        let each = |name: &OsStr, kind| {
+            if let Ok(bytes) = file::allocated_bytes_at(&fd, name) {
+                usage.bytes += bytes;
+                usage.inodes += 1;
+            }
+            if kind == Kind::Directory && known_bytes < MAX_KNOWN_BYTES {
+                let below = place.join(name);
+                known_bytes += below.as_os_str().len();
+                pending.push(below);
+            }
+            usage.inodes < MAX_COUNTED
+        };
+        // One that went away in between has nothing to count.
+        if !file::each_entry(&fd, each).unwrap_or(true) {
+            break;
         }
     }
     Ok(usage)
-}
-
-struct Level {
-    fd: OwnedFd,
-    names: Vec<OsString>,
-}
-
-/// Counts the entries of `dir` that are no directories; the names of those that are.
-fn directory_names(dir: impl AsFd, usage: &mut Usage) -> Result<Vec<OsString>> {
-    let (entries, _) = file::some_entries(&dir, usize::MAX)?;
-    let mut names = Vec::new();
-    for (name, kind) in entries {
-        if kind == Kind::Directory {
-            names.push(name);
-        } else if let Ok(bytes) = file::allocated_bytes_at(&dir, &name) {
-            usage.bytes += bytes;
-            usage.inodes += 1;
-        }
-    }
-    Ok(names)
 }
 
 /// Removes one tree; directories too deep for it are renamed into `top` and left in `pending`.

@@ -14,6 +14,7 @@ use crate::support::join_all;
 
 crate::tests![
     life_of_a_container,
+    life_on_the_old_mount_call,
     the_same_request_joins_or_gets_the_result,
     a_program_that_is_not_there,
     exit_codes_and_reasons,
@@ -23,6 +24,32 @@ crate::tests![
     out_of_memory,
     a_stopped_pod_takes_no_container,
 ];
+
+/// The way of older kernels: mount(2) in a namespace of its own, cloned out of it.
+async fn life_on_the_old_mount_call() -> Result<()> {
+    let options = Options {
+        config: "[runtime]\nmount_api = \"legacy\"\n".to_owned(),
+        ..Options::default()
+    };
+    let mut node = Node::with_busybox(options).await?;
+    let config = request::pod("legacy", &node.logs);
+    let pod = node.run_pod(&config).await?;
+    let writer = request::container("main", "echo kept > /file; sleep 1000");
+    let id = node.run_container(&pod, &writer, &config).await?;
+    node.restart().await?;
+    let second = node
+        .run_container(&pod, &request::container("second", "ls /file"), &config)
+        .await?;
+    ensure!(
+        node.wait_exit(&second, Duration::from_secs(10)).await?.exit_code == 1,
+        "two containers share a writable layer"
+    );
+    let answer = node.exec(&id, &["cat", "/file"], 10).await?;
+    ensure!(answer.stdout == b"kept\n", "{answer:?}");
+    let host = std::fs::read_to_string("/proc/self/mountinfo")?;
+    ensure!(!host.contains("overlay"), "the host's table shows it:\n{host}");
+    node.finish().await
+}
 
 async fn life_of_a_container() -> Result<()> {
     let node = Node::with_busybox(Options::default()).await?;

@@ -151,11 +151,11 @@ async fn kill_in_time(node: &Node, moment: Moment, both: bool) -> Result<()> {
     .await?;
     // Within what was begun, and far from its end.
     wait(Duration::from_millis(100)).await?;
-    let monitors = monitors()?;
+    let monitors = leaks::monitors()?;
     ensure!(!monitors.is_empty(), "there is no monitor to kill");
     for pid in monitors {
         match signal::kill(pid, Signal::KILL) {
-            // The init of a created container, which is called the same and ends with its monitor.
+            // A helper of the monitor, which ends by itself.
             Err(error) if error.errno() == Errno::ESRCH => {}
             other => other?,
         }
@@ -193,7 +193,7 @@ async fn reached(node: &Node, step: &str) -> Result<bool> {
     };
     let log = node.log();
     Ok(match step {
-        "run.monitor" => has("state/monitors") && !monitors()?.is_empty(),
+        "run.monitor" => has("state/monitors") && !leaks::monitors()?.is_empty(),
         "create.bundle" => bundles()? == 1 && listed(false).await? == 0,
         "start.intent" => listed(false).await? == 1,
         // The first container runs, and its removal has begun: it is not listed as running any more.
@@ -201,19 +201,6 @@ async fn reached(node: &Node, step: &str) -> Result<bool> {
         // The second container runs, the first is gone: the stop of the pod is the next that is asked for.
         _ => listed(true).await? == 1 && bundles()? == 1 && log.matches("container exited").count() == 1,
     })
-}
-
-/// The monitors of this test's daemon.
-fn monitors() -> Result<Vec<i32>> {
-    let mut pids = Vec::new();
-    for line in leaks::snapshot_here()?.of("process") {
-        let pid = line.split(' ').next().unwrap_or_default();
-        let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-        if exe.to_string_lossy().starts_with("/memfd:coracle") && line.contains("monitor") {
-            pids.push(pid.parse()?);
-        }
-    }
-    Ok(pids)
 }
 
 /// Everything is either listed and ended, or gone; and nothing else is there.
@@ -230,7 +217,7 @@ async fn settled(node: &Node, moment: Moment) -> Result<()> {
             // What was known before stays known.
             ensure!(moment != Moment::Exited || status.exit_code == 3, "{status:?}");
         }
-        ensure!(monitors()?.is_empty(), "a monitor is there still");
+        ensure!(leaks::monitors()?.is_empty(), "a monitor is there still");
         for file in leaks::pod_files(&node.dir) {
             let name = file
                 .rsplit('/')

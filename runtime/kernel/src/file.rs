@@ -63,25 +63,31 @@ pub fn set_owner_at(dir: impl AsFd, name: &OsStr, uid: u32, gid: u32) -> Result<
 
 /// At most `limit` entries of a directory, from its beginning; `true` where there are more.
 pub fn some_entries(dir: impl AsFd, limit: usize) -> Result<(Vec<(OsString, Kind)>, bool)> {
+    let mut names = Vec::new();
+    let all = each_entry(dir, |name, kind| {
+        let wanted = names.len() < limit;
+        if wanted {
+            names.push((name.to_owned(), kind));
+        }
+        wanted
+    })?;
+    Ok((names, !all))
+}
+
+/// Calls `visit` with each entry of a directory, from its beginning, until it answers `false`; whether it never did.
+pub fn each_entry(dir: impl AsFd, mut visit: impl FnMut(&OsStr, Kind) -> bool) -> Result<bool> {
     let fd = open_dir_beneath(&dir, OsStr::new("."))?;
     let mut buffer = Vec::with_capacity(32 * 1024);
     let mut entries = RawDir::new(&fd, buffer.spare_capacity_mut());
-    let mut names = Vec::new();
     while let Some(entry) = entries.next() {
         let entry = entry.map_err(|errno| Error::new("getdents64", show(&dir), errno.into()))?;
         let name = entry.file_name().to_bytes();
-        if name == b"." || name == b".." {
-            continue;
+        let is_real = name != b"." && name != b"..";
+        if is_real && !visit(OsStr::from_bytes(name), crate::path::kind_of(entry.file_type())) {
+            return Ok(false);
         }
-        if names.len() == limit {
-            return Ok((names, true));
-        }
-        names.push((
-            OsStr::from_bytes(name).to_owned(),
-            crate::path::kind_of(entry.file_type()),
-        ));
     }
-    Ok((names, false))
+    Ok(true)
 }
 
 /// Sets access and modification time of what is open.

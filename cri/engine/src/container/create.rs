@@ -1,6 +1,8 @@
 //! CreateContainer: the intent on the disk, the root file system, the bundle, the init that waits for the word.
 
+use std::io::Write as _;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::sync::Arc;
 
 use coracle_proto::cri::{ContainerConfig, NamespaceMode};
@@ -220,7 +222,14 @@ async fn bundle(
 fn write_bundle(path: &std::path::Path, config: &serde_json::Value) -> std::io::Result<()> {
     std::fs::create_dir(path)?;
     std::fs::create_dir(path.join("rootfs"))?;
-    std::fs::write(path.join("config.json"), config.to_string())
+    // The environment is in it: for nobody but root, whatever directory it is found through.
+    let mut file = std::fs::OpenOptions::new();
+    let mut file = file
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path.join("config.json"))?;
+    file.write_all(config.to_string().as_bytes())
 }
 
 /// The pod's namespaces; for pid the one that the request says.

@@ -24,6 +24,13 @@ use crate::spec_gen;
 /// Both streams together: the kubelet takes messages of 16 MiB, and the answer has a frame.
 const OUTPUT_BYTES: usize = (16 << 20) - (64 << 10);
 
+/// What all commands together may have written and not been answered yet; beyond it output is dropped as beyond the
+/// other limit.
+const ALL_OUTPUT_BYTES: usize = 48 << 20;
+
+/// What of [`ALL_OUTPUT_BYTES`] is left.
+static LEFT: AtomicUsize = AtomicUsize::new(ALL_OUTPUT_BYTES);
+
 /// How long the pipes may stay open after the command's end, held by children that it left behind.
 const DRAIN_TIME: Duration = Duration::from_secs(2);
 
@@ -146,7 +153,20 @@ async fn finish(group: &ExecGroup, mut stdout: Drain, mut stderr: Drain) -> (Vec
 /// A pipe that is being read by a task of its own.
 struct Drain {
     task: JoinHandle<()>,
-    bytes: Arc<std::sync::Mutex<Vec<u8>>>,
+    output: Arc<std::sync::Mutex<Output>>,
+}
+
+/// What a pipe gave, and how much of the common limit it takes until it is answered.
+#[derive(Default)]
+struct Output {
+    bytes: Vec<u8>,
+    drawn: usize,
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        LEFT.fetch_add(self.drawn, Ordering::Relaxed);
+    }
 }
 
 impl Drain {
@@ -156,34 +176,40 @@ impl Drain {
 
     fn take(self) -> Vec<u8> {
         self.task.abort();
-        std::mem::take(
-            &mut *self
-                .bytes
-                .lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner),
-        )
+        let mut output = self
+            .output
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        std::mem::take(&mut output.bytes)
     }
+}
+
+/// Takes at most `wanted` of what is left; how much it was.
+fn draw(left: &AtomicUsize, wanted: usize) -> usize {
+    let mut drawn = 0;
+    let _ = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+        drawn = wanted.min(left);
+        Some(left - drawn)
+    });
+    drawn
 }
 
 fn drain(pipe: OwnedFd, budget: &Arc<AtomicUsize>) -> Result<Drain> {
     fd::set_nonblocking(&pipe, true).step("set up a pipe")?;
     let mut pipe = Receiver::from_owned_fd(pipe).step("watch a pipe")?;
-    let bytes = Arc::new(std::sync::Mutex::new(Vec::new()));
-    let (budget, sink) = (budget.clone(), bytes.clone());
+    let output = Arc::new(std::sync::Mutex::new(Output::default()));
+    let (budget, sink) = (budget.clone(), output.clone());
     let task = tokio::spawn(async move {
         let mut buffer = vec![0; 64 << 10];
         while let Ok(count @ 1..) = pipe.read(&mut buffer).await {
             // Beyond the budget everything is read and dropped, so that the command never blocks on us.
-            let mut kept = 0;
-            let _ = budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
-                kept = count.min(left);
-                Some(left - kept)
-            });
+            let kept = draw(&LEFT, draw(&budget, count));
             let mut sink = sink.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            sink.extend_from_slice(&buffer[..kept]);
+            sink.bytes.extend_from_slice(&buffer[..kept]);
+            sink.drawn += kept;
         }
     });
-    Ok(Drain { task, bytes })
+    Ok(Drain { task, output })
 }
 
 /// The exec's own cgroup, a child of the container's leaf: what is in it was started by this exec.

@@ -36,18 +36,11 @@ pub(super) fn mounts(inputs: &Inputs<'_>, context: &LinuxContainerSecurityContex
         .filter(|mount| !(brings_dev && mount.destination.starts_with("/dev/")))
         .collect();
     let files = &inputs.files;
-    let read_only = if context.readonly_rootfs { "ro" } else { "rw" };
+    // Read-only whatever the root is: what a container wrote there would fill the node's own tmpfs.
+    let of_pod = || vec!["bind", "rprivate", "ro", "nosuid", "nodev", "noexec"];
     for (destination, source, options) in [
-        (
-            "/etc/resolv.conf",
-            &files.resolv_conf,
-            vec!["bind", "rprivate", read_only],
-        ),
-        (
-            "/etc/hostname",
-            &files.hostname,
-            vec!["bind", "rprivate", read_only],
-        ),
+        ("/etc/resolv.conf", &files.resolv_conf, of_pod()),
+        ("/etc/hostname", &files.hostname, of_pod()),
         (
             "/dev/shm",
             &files.shm,
@@ -292,13 +285,13 @@ mod tests {
     }
 
     #[test]
-    fn the_pods_files_are_as_writable_as_the_root() {
+    fn nobody_writes_to_the_pods_files() {
         let fixture = Fixture::default();
-        for (readonly, word) in [(false, "rw"), (true, "ro")] {
-            let mounts = of(&fixture, false, readonly).unwrap();
+        for (privileged, readonly) in [(false, false), (false, true), (true, false)] {
+            let mounts = of(&fixture, privileged, readonly).unwrap();
             for path in ["/etc/hostname", "/etc/resolv.conf"] {
                 let options = &find(&mounts, path)[0]["options"];
-                assert!(options.as_array().unwrap().contains(&json!(word)), "{path}");
+                assert!(options.as_array().unwrap().contains(&json!("ro")), "{path}");
             }
         }
     }

@@ -97,9 +97,14 @@ impl Server {
         let mut refusals = 0;
         loop {
             let authorization = self.lock().header(Instant::now());
-            let answer = self.follow(&url, headers, authorization.as_deref()).await?;
+            let (answer, same_origin) = self.follow(&url, headers, authorization.as_deref()).await?;
             if answer.status() != StatusCode::UNAUTHORIZED {
                 return check_status(&url, answer).await;
+            }
+            // Its challenge would name where our credentials go.
+            if !same_origin {
+                let why = "the server that the registry redirects to wants credentials, and gets none";
+                return Err(Failure::new(FailureKind::Denied, format!("{url}: {why}")));
             }
             let challenges: Vec<_> = answer
                 .headers()
@@ -165,13 +170,13 @@ impl Server {
             .map_err(|e| fail(&e))
     }
 
-    /// Sends a GET and follows redirects; the authorization goes to the first host alone.
+    /// Sends a GET and follows redirects; the authorization goes to the first host alone. Whether the answer came from it.
     async fn follow(
         &self,
         url: &str,
         headers: &HeaderMap,
         authorization: Option<&str>,
-    ) -> Result<Response<Incoming>, Failure> {
+    ) -> Result<(Response<Incoming>, bool), Failure> {
         let fail = |kind, why: &dyn std::fmt::Display| Failure::new(kind, format!("{url}: {why}"));
         let first: Uri = url.parse().map_err(|e| fail(FailureKind::Protocol, &e))?;
         let mut next = first.clone();
@@ -201,7 +206,7 @@ impl Server {
                 .await
                 .map_err(|e| fail(FailureKind::Unavailable, &e))?;
             if !answer.status().is_redirection() {
-                return Ok(answer);
+                return Ok((answer, same_origin));
             }
             let location = answer
                 .headers()

@@ -312,6 +312,42 @@ fn a_token_is_fetched_with_the_password_and_sent_to_the_registry_alone() {
 }
 
 #[test]
+fn only_the_registry_itself_can_ask_for_credentials() {
+    let basic = || Credentials::Basic {
+        username: "user".into(),
+        password: "secret".into(),
+    };
+    // Where the registry redirects to, somebody else answers.
+    let (tokens, tokens_seen) = registry(|_, _| ok("", r#"{"token":"good"}"#));
+    let challenge = format!("WWW-Authenticate: Bearer realm=\"http://{tokens}/token\"\r\n");
+    let (other, _other_seen) = registry(move |_, _| status("401 Unauthorized", &challenge));
+    let (address, _seen) = registry(move |_, _| {
+        status(
+            "307 Temporary Redirect",
+            &format!("Location: http://{other}/elsewhere\r\n"),
+        )
+    });
+    let (_, outcome) = fetch(vec![endpoint(&address)], basic(), blob(4));
+    assert_eq!(kind(&outcome), FailureKind::Denied);
+    assert!(tokens_seen.try_recv().is_err(), "the password went elsewhere");
+    // A mirror asks, and is not the registry.
+    let (address, seen) =
+        registry(|_, _| status("401 Unauthorized", "WWW-Authenticate: Basic realm=\"x\"\r\n"));
+    let mirror = Endpoint {
+        namespace: Some("registry.example".into()),
+        ..endpoint(&address)
+    };
+    let (_, outcome) = fetch(vec![mirror], basic(), blob(4));
+    assert_eq!(kind(&outcome), FailureKind::Denied);
+    assert!(
+        seen.try_iter()
+            .flatten()
+            .all(|header| !header.starts_with("authorization")),
+        "the password went to a mirror"
+    );
+}
+
+#[test]
 fn redirects_that_loop_or_leave_http_are_errors() {
     let (address, seen) = registry(|_, request| {
         let host = request

@@ -23,6 +23,7 @@ use super::http::{Dns, Server};
 use super::protocol::{
     Failure, FailureKind, Head, Numbered, Outcome, PACKET_LIMIT_BYTES, Request, SETUP_LIMIT_BYTES, Setup,
 };
+use super::{Credentials, Endpoint};
 
 /// Manifests and indexes: what the distribution specification asks registries to take.
 const MANIFEST_LIMIT_BYTES: u64 = 4 << 20;
@@ -92,14 +93,13 @@ struct Servers {
 impl Servers {
     fn new(setup: Setup) -> Result<Self, Failure> {
         let dns = Dns::new(&setup.resolv_conf, &setup.hosts)?;
-        let make = |endpoint| {
-            Server::new(
-                endpoint,
-                &setup.repository,
-                setup.credentials.clone(),
-                &setup.authorities,
-                &dns,
-            )
+        let make = |endpoint: Endpoint| {
+            // A mirror is somebody else's server: what the registry's users are known by is not for it.
+            let credentials = match endpoint.namespace {
+                None => setup.credentials.clone(),
+                Some(_) => Credentials::Anonymous,
+            };
+            Server::new(endpoint, &setup.repository, credentials, &setup.authorities, &dns)
         };
         let servers = setup.endpoints.into_iter().map(make).collect::<Result<_, _>>()?;
         Ok(Self {

@@ -9,6 +9,12 @@ use coracle_kernel::{Errno, file};
 use super::{Dir, Failure, UnpackError, Unpacker, joined};
 use crate::tar::Path;
 
+/// How often a hard link may be to a hard link that comes later: archivers name the first name of a file.
+const MAX_CHAIN: usize = 32;
+
+/// Hard links whose targets are not there yet. Each takes a look at all others: more would take for ever.
+const MAX_PENDING: usize = 8 << 10;
+
 impl Unpacker<'_> {
     /// Makes a further name of what an earlier entry made.
     pub(super) fn hard_link(
@@ -52,13 +58,16 @@ impl Unpacker<'_> {
             Ok(_) => self.remove(dir, name, &place)?,
         }
         self.links.retain(|(link, _)| *link != place);
+        if self.links.len() >= MAX_PENDING {
+            return Err(Failure::Refused("too many hard links have no target yet"));
+        }
         self.links.push((place, target.0.clone()));
         Ok(())
     }
 
     /// Makes the hard links whose targets came after them, links to such links included.
     pub(super) fn link_forward(&mut self) -> Result<(), UnpackError> {
-        loop {
+        for _ in 0..MAX_CHAIN {
             let mut waiting = std::mem::take(&mut self.links).into_iter();
             let before = waiting.len();
             for (link, target) in waiting.by_ref() {
@@ -76,5 +85,7 @@ impl Unpacker<'_> {
                 return Ok(());
             }
         }
+        let (link, _) = self.links.first().cloned().unwrap_or_default();
+        Err(Failure::Refused("hard links to hard links that come later go on for too long").at(&link))
     }
 }

@@ -1,6 +1,7 @@
 //! Layers of every kind, right and wrong, unpacked beside something that must stay as it is.
 
 mod compared;
+mod links;
 
 use super::*;
 use crate::test_archive::{Archive, Header};
@@ -256,52 +257,6 @@ fn a_symlink_gives_way_to_a_directory_and_its_target_is_left_alone() {
     assert!(fs::symlink_metadata(layer.path("d")).unwrap().is_dir());
     assert_eq!(fs::metadata(layer.path("target")).unwrap().mode() & 0o7777, 0o755);
     assert_eq!(fs::read_dir(layer.path("target")).unwrap().count(), 0);
-}
-
-#[test]
-fn hard_links_stay_in_the_layer() {
-    if !is_root() {
-        return;
-    }
-    let layer = good(
-        &Archive::new()
-            .hard_link("forward", "a")
-            .hard_link("chained", "forward")
-            .file("a", b"a")
-            .hard_link("b", "/a")
-            .symlink("s", "/etc/passwd")
-            .hard_link("t", "s")
-            .hard_link("lower", "usr/bin/tool")
-            .end(),
-    );
-    let ino = |name: &str| fs::symlink_metadata(layer.path(name)).unwrap().ino();
-    assert_eq!([ino("b"), ino("forward"), ino("chained")], [ino("a"); 3]);
-    assert_eq!(ino("t"), ino("s"), "the link itself, not what it points at");
-    let links = &layer.applied.links;
-    assert_eq!(links.len(), 1);
-    assert_eq!(
-        (links[0].0.0.as_slice(), links[0].1.0.as_slice()),
-        (&b"lower"[..], &b"usr/bin/tool"[..])
-    );
-    for (archive, why) in [
-        (Archive::new().hard_link("x", "../sentinel"), "\"..\""),
-        (Archive::new().dir("d/").hard_link("x", "d"), "to a directory"),
-        (Archive::new().file("x", b"").hard_link("x", "x"), "to itself"),
-        (Archive::new().hard_link("x", "/"), "to the root"),
-        (Archive::new().file(".wh.f", b"").hard_link("x", "f"), "deleted"),
-    ] {
-        let text = refusal(&archive.end());
-        assert!(text.contains(why), "{text}");
-    }
-    // Through a symlink that leads out, the target is looked for inside.
-    let layer = good(
-        &Archive::new()
-            .symlink("d", "..")
-            .hard_link("x", "d/sentinel")
-            .end(),
-    );
-    assert_eq!(layer.applied.links.len(), 1);
-    assert!(!layer.path("x").exists());
 }
 
 #[test]

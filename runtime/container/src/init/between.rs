@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use coracle_kernel::clone::{Child, Clone3, own_pid};
 use coracle_kernel::namespace::{self, Kinds};
 use coracle_kernel::procfs::Procfs;
-use coracle_kernel::{fd, sched, time};
+use coracle_kernel::{creds, fd, sched, time};
 
 use super::error::{At, Failure, Step};
 use super::handshake::{Link, Word};
@@ -60,7 +60,9 @@ fn make_second(
         }
     }
     if let Role::Exec = role {
-        // Our child is born where others may look at it: it must find nothing of the host's among our descriptors.
+        // Our child is born where others may look at it: they must not be allowed to, whoever called us, and find nothing of
+        // the host's among our descriptors.
+        creds::set_dumpable(false).at(Step::Descriptors)?;
         let (kept, group) = steps::shed(&mut setup, link.take(), cgroup.take())?;
         link.set(kept);
         cgroup = group;

@@ -130,7 +130,10 @@ fn the_request_decides_what_is_masked_and_an_empty_list_means_nothing() {
         .iter()
         .find(|mount| mount.destination.ends_with("hostname"))
         .unwrap();
-    assert_eq!(hostname.options.attrs.set, attr::RDONLY);
+    assert_eq!(
+        hostname.options.attrs.set,
+        attr::RDONLY | attr::NOSUID | attr::NODEV | attr::NOEXEC
+    );
 }
 
 #[test]
