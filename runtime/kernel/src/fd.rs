@@ -18,6 +18,9 @@ const MFD_NOEXEC_SEAL: u32 = 0x0008;
 /// `MFD_EXEC`, which rustix does not name.
 const MFD_EXEC: u32 = 0x0010;
 
+/// How often a file with busy pages is tried to be sealed.
+const SEAL_ATTEMPTS: u32 = 20;
+
 /// Everything a program needs so that nobody can change the bytes it runs from.
 const IMMUTABLE: SealFlags = SealFlags::WRITE
     .union(SealFlags::SHRINK)
@@ -225,10 +228,20 @@ pub fn is_sealed(fd: impl AsFd) -> bool {
 }
 
 /// Adds the seals after which nobody can change the file.
+///
+/// The kernel waits a good tenth of a second for whoever holds a page of the file, and then says `EBUSY`: that may be a
+/// scanner of its own (DAMON, migration), so it is asked again. With a writable mapping it says so at once, each time.
 pub fn seal(fd: impl AsFd) -> Result<()> {
     let fd = fd.as_fd();
-    rustix::fs::fcntl_add_seals(fd, IMMUTABLE)
-        .map_err(|e| Error::new("fcntl", format!("{}, F_ADD_SEALS", show(fd)), e.into()))
+    let mut attempt = 1;
+    loop {
+        match rustix::fs::fcntl_add_seals(fd, IMMUTABLE) {
+            Err(rustix::io::Errno::BUSY) if attempt < SEAL_ATTEMPTS => attempt += 1,
+            done => {
+                return done.map_err(|e| Error::new("fcntl", format!("{}, F_ADD_SEALS", show(fd)), e.into()));
+            }
+        }
+    }
 }
 
 /// Back to the first byte.
@@ -297,6 +310,21 @@ mod tests {
         let mut text = String::new();
         File::from(fd).read_to_string(&mut text).unwrap();
         assert_eq!(text, "abc");
+    }
+
+    #[test]
+    fn pages_that_are_held_for_a_moment_are_waited_for() {
+        let file = memfd_with(c"held", 0).unwrap();
+        write(&file, &[1; 4096]).unwrap();
+        // The pipe holds the page itself until it is read.
+        let (reader, writer) = pipe().unwrap();
+        rustix::fs::sendfile(&writer, &file, Some(&mut 0), 4096).unwrap();
+        let refused = rustix::fs::fcntl_add_seals(&file, IMMUTABLE);
+        assert_eq!(refused, Err(rustix::io::Errno::BUSY), "nothing holds it");
+        let other = std::thread::spawn(move || drop(File::from(reader).read_exact(&mut [0; 4096])));
+        seal(&file).unwrap();
+        other.join().unwrap();
+        assert!(is_sealed(&file));
     }
 
     #[test]
