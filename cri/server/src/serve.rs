@@ -20,7 +20,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::args::Serve;
 use crate::books::{AddressRows, ImageRows};
@@ -252,8 +252,7 @@ async fn open_images(directories: &Directories, store: Store, instance: &str) ->
 /// Workers are kept apart from the daemon: they must not starve it.
 fn workers_home(instance: &str) -> Result<Home> {
     let host = Host::detect()?;
-    let location = coracle_cgroup::workers_location(instance)?;
-    let manager = coracle_cgroup::make_own(&host, &location, &coracle_cgroup::LinuxResources::default())?;
+    let manager = coracle_cgroup::make_workers(&host, instance)?;
     Ok(match manager.place()? {
         coracle_cgroup::Placement::Into(directory) => Home {
             cgroup: Some(directory),
@@ -275,7 +274,8 @@ fn leave_cgroups(instance: &str) {
     });
     match removed {
         Ok(true) => {}
-        Ok(false) => warn!("the daemon's own cgroups stay: there are processes in them"),
+        // Pods of a daemon that was refused live on.
+        Ok(false) => debug!("the daemon's own cgroups stay: there are processes in them"),
         Err(error) => warn!(error = status::chain(&error), "the daemon's own cgroups stay"),
     }
 }

@@ -45,6 +45,10 @@ pub fn remove(dir: impl AsFd, name: &OsStr) -> Result<()> {
 /// Whoever writes there decides how much there is to count: after [`MAX_COUNTED`] entries the figures so far are given,
 /// and what is known of the tree at any time takes [`MAX_KNOWN_BYTES`] at most.
 pub fn usage(dir: impl AsFd) -> Result<Usage> {
+    usage_within(dir, MAX_COUNTED, MAX_KNOWN_BYTES)
+}
+
+fn usage_within(dir: impl AsFd, max_counted: u64, max_known_bytes: usize) -> Result<Usage> {
     let mut usage = Usage {
         bytes: file::allocated_bytes(&dir)?,
         inodes: 1,
@@ -62,12 +66,12 @@ pub fn usage(dir: impl AsFd) -> Result<Usage> {
                 usage.bytes += bytes;
                 usage.inodes += 1;
             }
-            if kind == Kind::Directory && known_bytes < MAX_KNOWN_BYTES {
+            if kind == Kind::Directory && known_bytes < max_known_bytes {
                 let below = place.join(name);
                 known_bytes += below.as_os_str().len();
                 pending.push(below);
             }
-            usage.inodes < MAX_COUNTED
+            usage.inodes < max_counted
         };
         // One that went away in between has nothing to count.
         if !file::each_entry(&fd, each).unwrap_or(true) {
@@ -204,6 +208,23 @@ mod tests {
     }
 
     #[test]
+    fn whoever_writes_decides_not_how_long_it_is_counted() {
+        let root = tempfile::tempdir().unwrap();
+        for number in 0..100 {
+            std::fs::create_dir_all(root.path().join(format!("{number}/below"))).unwrap();
+        }
+        let counted = |max_counted, max_known_bytes| {
+            let dir = path::open_dir(root.path()).unwrap();
+            usage_within(dir, max_counted, max_known_bytes).unwrap().inodes
+        };
+        assert_eq!(counted(MAX_COUNTED, MAX_KNOWN_BYTES), 201);
+        assert_eq!(counted(50, MAX_KNOWN_BYTES), 50);
+        // The names of ten directories or so are known at a time: the others count, and not what is below them.
+        let few = counted(MAX_COUNTED, 30);
+        assert!((101..150).contains(&few), "{few}");
+    }
+
+    #[test]
     fn a_tree_deeper_than_any_path_goes() {
         let root = tempfile::tempdir().unwrap();
         let dir = path::open_dir(root.path()).unwrap();
@@ -213,6 +234,11 @@ mod tests {
             path::make_dir(&fd, "directory", 0o700).unwrap();
             fd = open_dir(&fd, OsStr::new("directory")).unwrap();
         }
+        let counted = usage(path::open_dir(root.path()).unwrap()).unwrap().inodes;
+        assert!(
+            (100..5000).contains(&counted),
+            "{counted}: as deep as a path goes"
+        );
         remove(&dir, OsStr::new("tree")).unwrap();
         assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0);
     }

@@ -21,7 +21,6 @@ crate::tests![
     a_clean_shutdown_leaves_the_pods,
     a_created_container_is_started_by_the_next_daemon,
     after_a_reboot_nothing_is_ready_and_nothing_is_left,
-    a_second_daemon_on_the_same_root_is_refused,
     a_lost_database_is_made_good_within_the_boot,
     with_both_copies_lost_nothing_is_left,
 ];
@@ -300,25 +299,6 @@ fn power_cut(node: &Node, before: &Snapshot) -> Result<()> {
     }
     std::fs::remove_dir_all(node.state())?;
     Ok(())
-}
-
-async fn a_second_daemon_on_the_same_root_is_refused() -> Result<()> {
-    let node = Node::start(Options::default()).await?;
-    let mut second = node.launch()?;
-    let begun = Instant::now();
-    let status = loop {
-        if let Some(status) = second.try_wait()? {
-            break status;
-        }
-        ensure!(
-            begun.elapsed() < stretched(Duration::from_secs(10)),
-            "the second one runs"
-        );
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    };
-    ensure!(!status.success(), "{status}");
-    node.pod_ids().await?;
-    node.finish().await
 }
 
 async fn a_lost_database_is_made_good_within_the_boot() -> Result<()> {

@@ -1,13 +1,16 @@
 //! The daemon's own groups: `/coracle/<instance>/monitors/<pod>` and `/coracle/<instance>/workers`.
 //!
 //! Monitors are outside the daemon's unit and outside every pod, so that neither a limit nor the end of one reaches
-//! them; workers have limits of their own.
+//! them; workers share a bound to their memory and the least weight.
 
 use std::time::Duration;
 
-use coracle_spec::oci::LinuxResources;
+use coracle_spec::oci::{LinuxCpuBuilder, LinuxMemoryBuilder, LinuxResources, LinuxResourcesBuilder};
 
 use crate::{Change, DevicePolicy, Error, Host, Location, Manager, Options, Result};
+
+/// What all image workers of an instance may hold in memory: several layers at a time, each with its window.
+const WORKERS_MEMORY_BYTES: i64 = 2 << 30;
 
 /// The group above all instances.
 const TOP: &str = "coracle";
@@ -17,24 +20,17 @@ pub fn monitor_location(instance: &str, pod: &str) -> Result<Location> {
     top(instance)?.child("monitors")?.child(pod)
 }
 
-/// Where image workers are.
-pub fn workers_location(instance: &str) -> Result<Location> {
-    top(instance)?.child("workers")
-}
-
-/// The group at `location`, made where it is missing, with `limits` in force. It may hold processes already, and has no
-/// device rules.
-pub fn make_own(host: &Host, location: &Location, limits: &LinuxResources) -> Result<Box<dyn Manager>> {
-    let options = Options {
-        accounting: false,
-        devices: DevicePolicy::BestEffort,
-    };
-    let mut group = host.manager(location, options)?;
-    if !group.exists() {
-        group.create(limits)?;
+/// The group of an instance's image workers, made where it is missing: with a bound to their memory and the least weight
+/// for the processor, where the host has the controllers.
+pub fn make_workers(host: &Host, instance: &str) -> Result<Box<dyn Manager>> {
+    let location = workers_location(instance)?;
+    match make_own(host, &location, &worker_limits()?) {
+        // A group without limits is better than none: it keeps them out of the daemon's own.
+        Err(Error::NoController { .. } | Error::NoCgroup { .. }) => {
+            make_own(host, &location, &LinuxResources::default())
+        }
+        made => made,
     }
-    group.apply(limits, Change::Update)?;
-    Ok(group)
 }
 
 /// Kills the image workers of an instance; true when none is left within `timeout`.
@@ -49,7 +45,7 @@ pub fn end_workers(host: &Host, instance: &str, timeout: Duration) -> Result<boo
 
 /// Removes an instance's groups that hold no process; whether none is left.
 ///
-/// For the end of the daemon without pods, and for its start after a crash: groups of running monitors stay.
+/// For the end of the daemon: groups of running monitors stay.
 pub fn remove_own(host: &Host, instance: &str) -> Result<bool> {
     let mut group = host.manager(&top(instance)?, Options::default())?;
     if !group.exists() {
@@ -64,6 +60,33 @@ pub fn remove_own(host: &Host, instance: &str) -> Result<bool> {
         Err(Error::Deadline { .. }) => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+fn workers_location(instance: &str) -> Result<Location> {
+    top(instance)?.child("workers")
+}
+
+fn worker_limits() -> Result<LinuxResources> {
+    let memory = LinuxMemoryBuilder::default().limit(WORKERS_MEMORY_BYTES).build();
+    // The least that there is.
+    let cpu = LinuxCpuBuilder::default().shares(2_u64).build();
+    let limits = memory.and_then(|memory| LinuxResourcesBuilder::default().memory(memory).cpu(cpu?).build());
+    limits.map_err(|error| Error::Limit(error.to_string()))
+}
+
+/// The group at `location`, made where it is missing, with `limits` in force. It may hold processes already, and has no
+/// device rules.
+fn make_own(host: &Host, location: &Location, limits: &LinuxResources) -> Result<Box<dyn Manager>> {
+    let options = Options {
+        accounting: false,
+        devices: DevicePolicy::BestEffort,
+    };
+    let mut group = host.manager(location, options)?;
+    if !group.exists() {
+        group.create(limits)?;
+    }
+    group.apply(limits, Change::Update)?;
+    Ok(group)
 }
 
 fn top(instance: &str) -> Result<Location> {
@@ -92,12 +115,7 @@ mod tests {
         let shell = Shell::inside(&*group);
         assert_eq!(group.pids().unwrap(), [shell.pid()]);
         make_own(&host, &location, &LinuxResources::default()).unwrap();
-        make_own(
-            &host,
-            &workers_location(&instance).unwrap(),
-            &LinuxResources::default(),
-        )
-        .unwrap();
+        make_workers(&host, &instance).unwrap();
 
         assert!(!remove_own(&host, &instance).unwrap());
         assert!(group.exists());
@@ -107,12 +125,18 @@ mod tests {
                 .unwrap()
                 .exists()
         );
-        let workers = make_own(
-            &host,
-            &workers_location(&instance).unwrap(),
-            &LinuxResources::default(),
-        )
-        .unwrap();
+        let workers = make_workers(&host, &instance).unwrap();
+        // Where the host limits memory at all.
+        let files = ["memory/coracle", "coracle"]
+            .into_iter()
+            .zip(["memory.limit_in_bytes", "memory.max"]);
+        for (top, file) in files {
+            if let Ok(limit) =
+                std::fs::read_to_string(format!("/sys/fs/cgroup/{top}/{instance}/workers/{file}"))
+            {
+                assert_eq!(limit.trim(), WORKERS_MEMORY_BYTES.to_string());
+            }
+        }
         let worker = Shell::inside(&*workers);
         assert!(end_workers(&host, &instance, PATIENCE).unwrap());
         drop(worker);

@@ -24,12 +24,15 @@ use crate::spec_gen;
 /// Both streams together: the kubelet takes messages of 16 MiB, and the answer has a frame.
 const OUTPUT_BYTES: usize = (16 << 20) - (64 << 10);
 
-/// What all commands together may have written and not been answered yet; beyond it output is dropped as beyond the
-/// other limit.
-const ALL_OUTPUT_BYTES: usize = 48 << 20;
+/// What every command may write whatever the others do: answers of probes are far below it.
+const OWN_BYTES: usize = 64 << 10;
 
-/// What of [`ALL_OUTPUT_BYTES`] is left.
-static LEFT: AtomicUsize = AtomicUsize::new(ALL_OUTPUT_BYTES);
+/// What all commands together may have written beyond that and not been answered yet; the rest is dropped, as beyond the
+/// other limit.
+const SHARED_BYTES: usize = 48 << 20;
+
+/// What of [`SHARED_BYTES`] is left.
+static SHARED_LEFT: AtomicUsize = AtomicUsize::new(SHARED_BYTES);
 
 /// How long the pipes may stay open after the command's end, held by children that it left behind.
 const DRAIN_TIME: Duration = Duration::from_secs(2);
@@ -104,7 +107,7 @@ async fn run(
 ) -> Result<ExecSyncResponse> {
     let (stdout, stdout_end) = fd::pipe().step("make a pipe")?;
     let (stderr, stderr_end) = fd::pipe().step("make a pipe")?;
-    let budget = Arc::new(AtomicUsize::new(OUTPUT_BYTES));
+    let budget = Arc::new(Budget::new(&SHARED_LEFT));
     let (stdout, stderr) = (drain(stdout, &budget)?, drain(stderr, &budget)?);
     let call = ExecCall {
         container: id.to_owned(),
@@ -153,19 +156,49 @@ async fn finish(group: &ExecGroup, mut stdout: Drain, mut stderr: Drain) -> (Vec
 /// A pipe that is being read by a task of its own.
 struct Drain {
     task: JoinHandle<()>,
-    output: Arc<std::sync::Mutex<Output>>,
+    bytes: Arc<std::sync::Mutex<Vec<u8>>>,
 }
 
-/// What a pipe gave, and how much of the common limit it takes until it is answered.
-#[derive(Default)]
-struct Output {
-    bytes: Vec<u8>,
-    drawn: usize,
-}
-
-impl Drop for Output {
+impl Drop for Drain {
     fn drop(&mut self) {
-        LEFT.fetch_add(self.drawn, Ordering::Relaxed);
+        // Somebody outside the command's group may hold the pipe for ever.
+        self.task.abort();
+    }
+}
+
+/// What both pipes of a command may still bring.
+struct Budget {
+    own_left: AtomicUsize,
+    whole_left: AtomicUsize,
+    shared_left: &'static AtomicUsize,
+    /// Taken of what is shared: given back with the budget, when the answer is made.
+    shared_drawn: AtomicUsize,
+}
+
+impl Budget {
+    fn new(shared_left: &'static AtomicUsize) -> Budget {
+        Budget {
+            own_left: AtomicUsize::new(OWN_BYTES),
+            whole_left: AtomicUsize::new(OUTPUT_BYTES),
+            shared_left,
+            shared_drawn: AtomicUsize::new(0),
+        }
+    }
+
+    /// How much of `count` bytes may be kept.
+    fn draw(&self, count: usize) -> usize {
+        let wanted = draw(&self.whole_left, count);
+        let own = draw(&self.own_left, wanted);
+        let shared = draw(self.shared_left, wanted - own);
+        self.shared_drawn.fetch_add(shared, Ordering::Relaxed);
+        own + shared
+    }
+}
+
+impl Drop for Budget {
+    fn drop(&mut self) {
+        self.shared_left
+            .fetch_add(self.shared_drawn.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 }
 
@@ -175,12 +208,11 @@ impl Drain {
     }
 
     fn take(self) -> Vec<u8> {
-        self.task.abort();
-        let mut output = self
-            .output
+        let mut bytes = self
+            .bytes
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        std::mem::take(&mut output.bytes)
+        std::mem::take(&mut *bytes)
     }
 }
 
@@ -194,22 +226,21 @@ fn draw(left: &AtomicUsize, wanted: usize) -> usize {
     drawn
 }
 
-fn drain(pipe: OwnedFd, budget: &Arc<AtomicUsize>) -> Result<Drain> {
+fn drain(pipe: OwnedFd, budget: &Arc<Budget>) -> Result<Drain> {
     fd::set_nonblocking(&pipe, true).step("set up a pipe")?;
     let mut pipe = Receiver::from_owned_fd(pipe).step("watch a pipe")?;
-    let output = Arc::new(std::sync::Mutex::new(Output::default()));
-    let (budget, sink) = (budget.clone(), output.clone());
+    let bytes = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let (budget, sink) = (budget.clone(), bytes.clone());
     let task = tokio::spawn(async move {
         let mut buffer = vec![0; 64 << 10];
         while let Ok(count @ 1..) = pipe.read(&mut buffer).await {
             // Beyond the budget everything is read and dropped, so that the command never blocks on us.
-            let kept = draw(&LEFT, draw(&budget, count));
+            let kept = budget.draw(count);
             let mut sink = sink.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            sink.bytes.extend_from_slice(&buffer[..kept]);
-            sink.drawn += kept;
+            sink.extend_from_slice(&buffer[..kept]);
         }
     });
-    Ok(Drain { task, output })
+    Ok(Drain { task, bytes })
 }
 
 /// The exec's own cgroup, a child of the container's leaf: what is in it was started by this exec.
@@ -275,14 +306,15 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn both_streams_share_one_budget_and_are_read_to_their_end() {
-        let budget = Arc::new(AtomicUsize::new(10_000));
+    static AMPLE: AtomicUsize = AtomicUsize::new(SHARED_BYTES);
+
+    /// What is kept of a million bytes on each of two pipes.
+    async fn kept(budget: &Arc<Budget>) -> usize {
         let mut drains = Vec::new();
         let mut writers = Vec::new();
         for _ in 0..2 {
             let (read, write) = fd::pipe().unwrap();
-            drains.push(drain(read, &budget).unwrap());
+            drains.push(drain(read, budget).unwrap());
             writers.push(std::thread::spawn(move || {
                 std::fs::File::from(write).write_all(&[b'x'; 1_000_000]).unwrap();
             }));
@@ -292,10 +324,31 @@ mod tests {
             drain.ended().await;
             kept += drain.take().len();
         }
-        assert_eq!(kept, 10_000);
         for writer in writers {
             writer.join().unwrap();
         }
+        kept
+    }
+
+    #[tokio::test]
+    async fn both_streams_share_one_budget_and_are_read_to_their_end() {
+        let mut budget = Budget::new(&AMPLE);
+        budget.whole_left = AtomicUsize::new(100_000);
+        assert_eq!(kept(&Arc::new(budget)).await, 100_000);
+    }
+
+    #[tokio::test]
+    async fn what_others_keep_leaves_each_command_its_own_share() {
+        static LEFT: AtomicUsize = AtomicUsize::new(1_000);
+        let budget = Arc::new(Budget::new(&LEFT));
+        assert_eq!(kept(&budget).await, OWN_BYTES + 1_000);
+        assert_eq!(LEFT.load(Ordering::Relaxed), 0);
+        // The tasks that read hold it a moment longer.
+        while Arc::strong_count(&budget) > 1 {
+            tokio::task::yield_now().await;
+        }
+        drop(budget);
+        assert_eq!(LEFT.load(Ordering::Relaxed), 1_000, "it was not given back");
     }
 
     #[tokio::test]
@@ -303,7 +356,7 @@ mod tests {
         let (read, write) = fd::pipe().unwrap();
         let mut file = std::fs::File::from(write);
         file.write_all(b"early").unwrap();
-        let mut drained = drain(read, &Arc::new(AtomicUsize::new(100))).unwrap();
+        let mut drained = drain(read, &Arc::new(Budget::new(&AMPLE))).unwrap();
         assert!(timeout(Duration::from_millis(50), drained.ended()).await.is_err());
         assert_eq!(drained.take(), b"early");
     }

@@ -24,9 +24,6 @@ use crate::record::{NetworkRecord, SandboxPhase};
 use crate::spec_gen;
 use crate::view::is_host_network;
 
-/// What a host name may be long: the kernel's limit.
-const HOSTNAME_BYTES: usize = 64;
-
 /// A resolver file of a host is far below it.
 const RESOLV_BYTES: u64 = 64 << 10;
 
@@ -148,12 +145,6 @@ async fn start_monitor(pod: &PodHandle) -> Result<Monitor> {
 async fn write_files(core: &Arc<Core>, pod: &str, config: &PodSandboxConfig) -> Result<()> {
     let dir = core.paths.pod(pod);
     let hostname = hostname(core, config);
-    if hostname.len() > HOSTNAME_BYTES || hostname.chars().any(|c| c.is_control() || c.is_whitespace()) {
-        return Err(Error::invalid(
-            "config.hostname",
-            format!("{hostname:?} is not a host name"),
-        ));
-    }
     let resolv = config.dns_config.as_ref().map(resolv_conf).transpose()?;
     blocking(move || -> std::io::Result<()> {
         std::fs::create_dir_all(dir.join("shm"))?;

@@ -338,7 +338,7 @@ impl RuntimeService for Runtime {
     }
 
     async fn exec(&self, _: Request<v1::ExecRequest>) -> Answer<v1::ExecResponse> {
-        Err(not_done("Exec (ExecSync is)"))
+        Err(not_done("Exec"))
     }
 
     async fn attach(&self, _: Request<v1::AttachRequest>) -> Answer<v1::AttachResponse> {
