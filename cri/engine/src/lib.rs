@@ -36,8 +36,9 @@ use coracle_proto::cri::{
 use tracing::info;
 
 pub use crate::core::{EngineConfig, Parts};
+pub use container::{Streams, Wanted};
 pub use error::{Cause, Error, Result};
-pub use monitor::seal_monitor_program;
+pub use monitor::{ExecExit, seal_monitor_program};
 pub use recover::Report;
 
 use crate::core::Core;
@@ -235,6 +236,37 @@ impl Engine {
     pub async fn exec_sync(&self, request: ExecSyncRequest) -> Result<ExecSyncResponse> {
         let (id, pod) = self.0.registry.container(&request.container_id)?;
         container::exec_sync(pod, id, request.cmd, request.timeout).await
+    }
+
+    /// Whether a command could be run in this container, or a session attach to it; its full id.
+    pub fn check_running(&self, id: &str) -> Result<String> {
+        self.0.check_running()?;
+        let (id, pod) = self.0.registry.container(id)?;
+        container::check_running(&pod, &id).map(|()| id)
+    }
+
+    /// Runs a command in a running container, with streams that the caller copies.
+    pub async fn exec(&self, id: &str, command: Vec<String>, streams: Wanted) -> Result<Streams> {
+        let (id, pod) = self.0.registry.container(id)?;
+        container::exec(&pod, &id, command, streams).await
+    }
+
+    /// Joins the streams of a running container.
+    pub async fn attach(&self, id: &str, streams: Wanted) -> Result<Streams> {
+        let (id, pod) = self.0.registry.container(id)?;
+        container::attach(&pod, &id, streams).await
+    }
+
+    /// The full id of a pod sandbox that a connection could be made into.
+    pub fn check_ready(&self, id: &str) -> Result<String> {
+        self.0.check_running()?;
+        let pod = self.0.registry.pod(id)?;
+        pod::check_ready(&pod).map(|()| pod.id().to_owned())
+    }
+
+    /// Connects to a TCP port that a program in the pod listens on at its loopback address.
+    pub async fn dial(&self, id: &str, port: u16) -> Result<std::net::TcpStream> {
+        pod::dial(&self.0.registry.pod(id)?, port).await
     }
 
     /// Has the monitor open the log of a running container anew, after a rotation.

@@ -13,6 +13,7 @@
 //! leaves it after everything that had it is gone. So [`Network::sweep`] finds whatever a crash left behind.
 
 mod bridge;
+mod dial;
 mod nat;
 mod netns;
 mod pool;
@@ -27,6 +28,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use coracle_kernel::procfs::Procfs;
 use serde::{Deserialize, Serialize};
 
+pub use crate::dial::{DialError, dial};
 use crate::netns::Pins;
 use crate::pool::Pool;
 pub use crate::pool::Subnet;

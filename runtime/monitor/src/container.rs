@@ -8,6 +8,7 @@ use coracle_kernel::wait::Status;
 use coracle_kernel::{Errno, epoll, fd, pidfd, signal::Signal, time};
 use coracle_wire::{CgroupPath, Container as Listed, ContainerState, Exit};
 
+use crate::attach::Attached;
 use crate::log::{Log, Now, Stream};
 
 /// Most bytes read from one stream at a time.
@@ -36,6 +37,10 @@ pub(crate) struct Container {
     pub(crate) outputs: [Option<Output>; 2],
     /// The writing end of its standard input, kept open.
     pub(crate) stdin: Option<OwnedFd>,
+    /// Whether that end is given away to whoever attaches first, and the input so ends with them.
+    pub(crate) stdin_once: bool,
+    /// Who looks on.
+    pub(crate) attached: Vec<Attached>,
     /// Open until nobody writes to it any more.
     pub(crate) log: Option<Log>,
     /// Bytes that the closed log does not hold.
@@ -105,6 +110,8 @@ impl Container {
             starting: None,
             outputs: [None, None],
             stdin: None,
+            stdin_once: false,
+            attached: Vec::new(),
             log,
             log_lost: 0,
             loss_told: false,
@@ -142,22 +149,22 @@ impl Container {
             // A terminal whose other side nobody has open.
             Err(_) => Read::End,
         };
-        match (read, &mut self.log) {
-            (Read::Bytes(count), Some(log)) => {
-                log.append(
-                    stream,
-                    &mut output.pending,
-                    buffer.get(..count).unwrap_or_default(),
-                    now(),
-                );
+        match read {
+            Read::Bytes(count) => {
+                let bytes = buffer.get(..count).unwrap_or_default();
+                if let Some(log) = &mut self.log {
+                    log.append(stream, &mut output.pending, bytes, now());
+                }
+                self.attached.retain_mut(|attached| attached.show(stream, bytes));
             }
-            (Read::End, log) => {
-                if let Some(log) = log {
+            Read::End => {
+                if let Some(log) = &mut self.log {
                     log.end(stream, &mut output.pending, now());
                 }
                 *slot = None;
+                self.attached.iter_mut().for_each(|attached| attached.end(stream));
             }
-            _ => {}
+            Read::Nothing => {}
         }
         read
     }
@@ -185,6 +192,7 @@ impl Container {
         self.pidfd = None;
         self.start = None;
         self.stdin = None;
+        self.attached = Vec::new();
         self.oom = None;
         exit
     }

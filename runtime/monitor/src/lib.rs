@@ -16,6 +16,7 @@
 //! upgrade     the same pod, children and streams in another program
 //! ```
 
+mod attach;
 mod connection;
 mod container;
 mod deadlines;

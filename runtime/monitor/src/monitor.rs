@@ -114,10 +114,11 @@ pub(crate) enum Token {
     Oom,
     Starting,
     Exec,
+    Attached,
 }
 
 impl Token {
-    const ALL: [Token; 10] = [
+    const ALL: [Token; 11] = [
         Token::Listener,
         Token::Connection,
         Token::Signals,
@@ -128,6 +129,7 @@ impl Token {
         Token::Oom,
         Token::Starting,
         Token::Exec,
+        Token::Attached,
     ];
 
     pub(crate) fn with(self, serial: u32) -> u64 {
@@ -340,6 +342,7 @@ impl Monitor {
             Token::Stdout => self.pump(serial, Stream::Stdout),
             Token::Stderr => self.pump(serial, Stream::Stderr),
             Token::Starting => self.go_on_starting(serial),
+            Token::Attached => self.detach(serial),
             Token::Oom => {
                 let Some(container) = self.by_serial(serial) else {
                     return;

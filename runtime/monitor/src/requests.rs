@@ -40,6 +40,7 @@ impl Monitor {
             Body::Create(create) => self.create(reply, create, fds.next()),
             Body::Start(start) => self.start(reply, &start),
             Body::Exec(exec) => self.exec(reply, exec, fds),
+            Body::Attach(attach) => self.attach(reply, &attach, fds),
             Body::ReopenLog(reopen) => self.reopen(reply, &reopen),
             Body::Forget(forget) => self.forget(reply, &forget),
             Body::List(list) => {
@@ -160,6 +161,7 @@ impl Monitor {
             if create.stdin {
                 let (read, write) = pipe()?;
                 (stdio[0], container.stdin) = (Some(read), Some(write));
+                container.stdin_once = create.stdin_once;
             } else {
                 let null = std::fs::File::open("/dev/null");
                 let failed =
@@ -446,7 +448,7 @@ impl Monitor {
         Ok(())
     }
 
-    fn find(&self, id: &str) -> Outcome<usize> {
+    pub(crate) fn find(&self, id: &str) -> Outcome<usize> {
         let index = self.containers.iter().position(|container| container.id == id);
         index.ok_or_else(|| failed(FailKind::NotFound, format!("container {id:?} is not known")))
     }

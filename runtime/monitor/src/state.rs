@@ -119,6 +119,8 @@ pub(crate) struct ContainerRecord {
     pub(crate) poststart: bool,
     #[prost(bool, tag = "17")]
     pub(crate) poststop: bool,
+    #[prost(bool, tag = "18")]
+    pub(crate) stdin_once: bool,
 }
 
 /// A stream.

@@ -265,6 +265,7 @@ fn save_container<'a>(
         exit: container.exit,
         poststart: container.poststart,
         poststop: container.poststop,
+        stdin_once: container.stdin_once,
     }
 }
 
@@ -309,6 +310,7 @@ fn resume_container(serial: u32, record: ContainerRecord) -> Result<Container, M
     container.exit = record.exit;
     container.poststart = record.poststart;
     container.poststop = record.poststop;
+    container.stdin_once = record.stdin_once;
     Ok(container)
 }
 

@@ -62,6 +62,18 @@ pub struct ExecStarted {
     pub tty: bool,
 }
 
+/// A session that has joined. Descriptors: the terminal's master, if `tty`; otherwise the writing end of the standard
+/// input, if `stdin`.
+#[derive(Clone, PartialEq, Message)]
+pub struct Attached {
+    /// Whether the input came along.
+    #[prost(bool, tag = "1")]
+    pub stdin: bool,
+    /// Whether a terminal came along: its input, and what a change of its size goes to.
+    #[prost(bool, tag = "2")]
+    pub tty: bool,
+}
+
 /// Containers in the order of their ids, and with the last of them the processes of execs.
 #[derive(Clone, PartialEq, Message)]
 pub struct Listed {

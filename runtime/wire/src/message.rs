@@ -3,10 +3,10 @@
 use prost::{Message, Oneof};
 
 use crate::answer::{
-    Created, Done, ExecExited, ExecStarted, Exited, Failed, Listed, LogLost, Oom, Sandbox, Welcome,
+    Attached, Created, Done, ExecExited, ExecStarted, Exited, Failed, Listed, LogLost, Oom, Sandbox, Welcome,
 };
 use crate::request::{
-    Adopt, Create, Exec, Forget, Hello, List, ReopenLog, SetupSandbox, Shutdown, Start, Upgrade,
+    Adopt, Attach, Create, Exec, Forget, Hello, List, ReopenLog, SetupSandbox, Shutdown, Start, Upgrade,
 };
 
 /// One packet.
@@ -21,7 +21,7 @@ pub struct Frame {
     /// What it says.
     #[prost(
         oneof = "Body",
-        tags = "10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 40, 41, 42, 43, 44, 45, 46, 60, 61, 62, 63"
+        tags = "10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 40, 41, 42, 43, 44, 45, 46, 47, 60, 61, 62, 63"
     )]
     pub body: Option<Body>,
 }
@@ -81,6 +81,8 @@ bodies! {
     Upgrade = 19,
     /// Ends a monitor without containers. Answer: [`Done`], then end of file.
     Shutdown = 20,
+    /// Joins the streams of a running container. Answer: [`Attached`].
+    Attach = 21,
     /// Answer to [`Hello`].
     Welcome = 40,
     /// Answer of requests that have nothing to tell.
@@ -95,6 +97,8 @@ bodies! {
     ExecStarted = 45,
     /// Answer to [`List`].
     Listed = 46,
+    /// Answer to [`Attach`].
+    Attached = 47,
     /// A container's init ended.
     Exited = 60,
     /// A process of [`Exec`] ended.
@@ -117,6 +121,8 @@ impl Body {
             }
             Body::Upgrade(_) | Body::Created(_) => 1,
             Body::ExecStarted(started) => 1 + usize::from(started.tty),
+            Body::Attach(attach) => usize::from(attach.stdout) + usize::from(attach.stderr),
+            Body::Attached(attached) => usize::from(attached.stdin || attached.tty),
             _ => 0,
         }
     }
@@ -144,6 +150,7 @@ impl Body {
             Body::Create(_) | Body::Adopt(_) => "Created",
             Body::Exec(_) => "ExecStarted",
             Body::List(_) => "Listed",
+            Body::Attach(_) => "Attached",
             Body::Start(_) | Body::ReopenLog(_) | Body::Forget(_) | Body::Upgrade(_) | Body::Shutdown(_) => {
                 "Done"
             }

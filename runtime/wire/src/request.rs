@@ -202,6 +202,26 @@ pub struct Adopt {
     pub container_id: String,
 }
 
+/// Joins the streams of a running container. Descriptors: writing ends of pipes for those of `stdout` and `stderr` that
+/// are true. What the container writes from now on goes to its log and into them; what does not fit into a pipe at that
+/// moment is dropped there, and a line in its place says how much, for nobody who looks on may hold a container up. The
+/// ends close when the container's init has ended.
+#[derive(Clone, PartialEq, Message)]
+pub struct Attach {
+    /// The container.
+    #[prost(string, tag = "1")]
+    pub container_id: String,
+    /// Whether its input is wanted. One that ends with the first attach is handed out once.
+    #[prost(bool, tag = "2")]
+    pub stdin: bool,
+    /// Whether a standard output came along; with a terminal it gets everything.
+    #[prost(bool, tag = "3")]
+    pub stdout: bool,
+    /// Whether a standard error came along.
+    #[prost(bool, tag = "4")]
+    pub stderr: bool,
+}
+
 /// Replaces the monitor's program. Descriptors: the sealed memfd with the new one.
 #[derive(Clone, PartialEq, Message)]
 pub struct Upgrade {}

@@ -47,34 +47,13 @@ pub(crate) async fn exec_sync(
     command: Vec<String>,
     timeout_seconds: i64,
 ) -> Result<ExecSyncResponse> {
-    if command.is_empty() {
-        return Err(Error::invalid("cmd", "is empty"));
-    }
     let limit = match u64::try_from(timeout_seconds) {
         Ok(0) => FOREVER,
         Ok(seconds) => Duration::from_secs(seconds).min(FOREVER),
         Err(_) => return Err(Error::invalid("timeout", "is negative")),
     };
-    let view = pod.container(&id)?;
-    let not_running = || Error::State {
-        what: "container",
-        id: id.clone(),
-        why: "is not running".to_owned(),
-    };
-    let (Some(hold), Some(monitor)) = (pod.hold(&id), pod.monitor()) else {
-        return Err(not_running());
-    };
-    if !view.running || !view.record.is_alive() {
-        return Err(not_running());
-    }
-
-    let bundle = pod.core().paths.bundle(pod.id(), &id).join("config.json");
-    let process = blocking(move || {
-        let stored = std::fs::read(bundle).step("read the container's config")?;
-        let stored = serde_json::from_slice(&stored).step("parse the container's config")?;
-        Ok::<_, Error>(spec_gen::exec_process(&stored, &command)?.to_string())
-    })
-    .await??;
+    let (hold, monitor) = running(&pod, &id)?;
+    let process = process(&pod, &id, command, false).await?;
 
     // A task of its own: a client that hangs up drops the call, but neither the command nor its group may stay.
     let (caller, caller_gone) = oneshot::channel::<()>();
@@ -93,6 +72,39 @@ pub(crate) async fn exec_sync(
     outcome
 }
 
+/// What is held of a container, which has to run, and its monitor.
+pub(super) fn running(pod: &PodHandle, id: &str) -> Result<(Arc<Hold>, Monitor)> {
+    let view = pod.container(id)?;
+    match (pod.hold(id), pod.monitor()) {
+        (Some(hold), Some(monitor)) if view.running && view.record.is_alive() => Ok((hold, monitor)),
+        _ => Err(Error::State {
+            what: "container",
+            id: id.to_owned(),
+            why: "is not running".to_owned(),
+        }),
+    }
+}
+
+/// The document of a process that runs `command` as the container's own program runs.
+pub(super) async fn process(
+    pod: &PodHandle,
+    id: &str,
+    command: Vec<String>,
+    terminal: bool,
+) -> Result<Vec<u8>> {
+    if command.is_empty() {
+        return Err(Error::invalid("cmd", "is empty"));
+    }
+    let bundle = pod.core().paths.bundle(pod.id(), id).join("config.json");
+    blocking(move || {
+        let stored = std::fs::read(bundle).step("read the container's config")?;
+        let stored = serde_json::from_slice(&stored).step("parse the container's config")?;
+        let process = spec_gen::exec_process(&stored, &command, terminal)?;
+        Ok::<_, Error>(process.to_string().into_bytes())
+    })
+    .await?
+}
+
 /// The client hung up.
 #[derive(Debug, thiserror::Error)]
 #[error("nobody waits for it any more")]
@@ -102,7 +114,7 @@ async fn run(
     monitor: &Monitor,
     id: &str,
     group: &ExecGroup,
-    process: String,
+    process: Vec<u8>,
     limit: Duration,
 ) -> Result<ExecSyncResponse> {
     let (stdout, stdout_end) = fd::pipe().step("make a pipe")?;
@@ -113,10 +125,10 @@ async fn run(
         container: id.to_owned(),
         // Unique in the pod, as the monitor asks.
         exec: format!("{id}/{}", group.name),
-        process: process.into_bytes(),
-        stdout: stdout_end,
-        stderr: stderr_end,
-        cgroup: group.location.clone(),
+        process,
+        stdio: [None, Some(stdout_end), Some(stderr_end)],
+        tty: false,
+        cgroup: Some(group.location.clone()),
     };
     // The time of the request counts from here: a monitor that does not answer is part of it.
     let whole = async {

@@ -4,6 +4,7 @@ mod create;
 mod exec;
 mod gather;
 mod remove;
+mod session;
 mod start;
 mod stop;
 
@@ -21,6 +22,8 @@ use tracing::warn;
 pub(crate) use create::{cgroup_path, create};
 pub(crate) use exec::exec_sync;
 pub(crate) use remove::{remove, remove_dir};
+pub use session::{Streams, Wanted};
+pub(crate) use session::{attach, check_running, exec};
 pub(crate) use start::start;
 pub(crate) use stop::{StopInputs, stop};
 

@@ -8,14 +8,14 @@ use coracle_cgroup::Location;
 use coracle_kernel::fd;
 use coracle_proto::cri::NamespaceMode;
 use coracle_wire::{
-    Body, CgroupPath, Create, Exec, FailKind, Forget, ReopenLog, SetupSandbox, Shutdown, Start, Sysctl,
-    Upgrade,
+    Attach, Body, CgroupPath, Create, Exec, FailKind, Forget, ReopenLog, SetupSandbox, Shutdown, Start,
+    Sysctl, Upgrade,
 };
 use tokio::time::{Instant, timeout_at};
 
 use super::client::Answer;
 use super::words::is_refusal;
-use super::{CreateCall, Created, ExecCall, ExecStarted, Monitor, SetupCall};
+use super::{AttachCall, Attached, CreateCall, Created, ExecCall, ExecStarted, Monitor, SetupCall};
 use crate::error::{Context as _, Error, Result};
 
 /// Limit of requests that a live monitor answers at once; beyond it the monitor counts as silent.
@@ -129,17 +129,46 @@ impl Monitor {
         let request = Exec {
             exec_id: call.exec.clone(),
             container_id: call.container,
-            stdin: false,
-            stdout: true,
-            stderr: true,
-            tty: false,
-            cgroup: cgroup_paths(&call.cgroup),
+            stdin: call.stdio[0].is_some(),
+            stdout: call.stdio[1].is_some(),
+            stderr: call.stdio[2].is_some(),
+            tty: call.tty,
+            cgroup: call.cgroup.as_ref().map(cgroup_paths).unwrap_or_default(),
             deadline_ms: millis(HELPER - MARGIN),
         };
         let exit = self.0.link.expect_exec(&call.exec);
-        let fds: Vec<OwnedFd> = vec![document, call.stdout, call.stderr];
-        self.0.link.request(STEP, request, fds, HELPER).await?;
-        Ok(ExecStarted { exit })
+        let fds = std::iter::once(document).chain(call.stdio.into_iter().flatten());
+        let answer = self.0.link.request(STEP, request, fds.collect(), HELPER).await?;
+        // The pidfd comes first; an exec is killed with its cgroup.
+        let terminal = answer.fds.into_iter().nth(1);
+        if call.tty && terminal.is_none() {
+            return Err(Error::step(STEP, NoDescriptor));
+        }
+        Ok(ExecStarted { exit, terminal })
+    }
+
+    /// Joins the streams of a container.
+    pub(crate) async fn attach_to(&self, call: AttachCall) -> Result<Attached> {
+        const STEP: &str = "attach to the container";
+        let request = Attach {
+            container_id: call.container,
+            stdin: call.stdin,
+            stdout: call.stdout.is_some(),
+            stderr: call.stderr.is_some(),
+        };
+        let fds = call.stdout.into_iter().chain(call.stderr).collect();
+        let Answer { body, mut fds } = self.0.link.request(STEP, request, fds, PROMPT).await?;
+        let Body::Attached(attached) = body else {
+            return Err(Error::step(STEP, NoDescriptor));
+        };
+        let (input, terminal) = match (attached.tty, fds.pop()) {
+            (true, terminal) => (None, terminal),
+            (false, input) => (input, None),
+        };
+        Ok(Attached {
+            stdin: input,
+            terminal,
+        })
     }
 
     /// Has the log opened anew; no new file after an error.

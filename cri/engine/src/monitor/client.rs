@@ -63,7 +63,7 @@ pub(super) struct Answer {
 
 /// The end of an exec: await it for the exit code.
 #[derive(Debug)]
-pub(crate) struct ExecExit {
+pub struct ExecExit {
     exec: String,
     code: oneshot::Receiver<i32>,
     shared: Arc<Shared>,

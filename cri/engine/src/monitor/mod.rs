@@ -19,6 +19,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 use tracing::{info, warn};
 
+pub use client::ExecExit;
 pub(crate) use process::end_unknown;
 pub use process::seal_monitor_program;
 
@@ -119,15 +120,40 @@ pub(crate) struct ExecCall {
     pub(crate) exec: String,
     /// OCI process document.
     pub(crate) process: Vec<u8>,
-    pub(crate) stdout: OwnedFd,
-    pub(crate) stderr: OwnedFd,
-    pub(crate) cgroup: Location,
+    /// Standard input, output and error; what is none is `/dev/null`, or the terminal.
+    pub(crate) stdio: [Option<OwnedFd>; 3],
+    /// Whether it gets a terminal, and none of these.
+    pub(crate) tty: bool,
+    /// Where it runs; none is the container's own leaf.
+    pub(crate) cgroup: Option<Location>,
 }
 
 /// A command that runs.
 #[derive(Debug)]
 pub(crate) struct ExecStarted {
-    pub(crate) exit: client::ExecExit,
+    pub(crate) exit: ExecExit,
+    /// The terminal's master, if it has one.
+    pub(crate) terminal: Option<OwnedFd>,
+}
+
+/// A session that looks on.
+#[derive(Debug)]
+pub(crate) struct AttachCall {
+    pub(crate) container: String,
+    /// Whether the container's input is wanted.
+    pub(crate) stdin: bool,
+    /// Where its output and its errors go.
+    pub(crate) stdout: Option<OwnedFd>,
+    pub(crate) stderr: Option<OwnedFd>,
+}
+
+/// What a session has of a container.
+#[derive(Debug)]
+pub(crate) struct Attached {
+    /// The container's input, if it has one and it was wanted.
+    pub(crate) stdin: Option<OwnedFd>,
+    /// The terminal's master, which is its input too.
+    pub(crate) terminal: Option<OwnedFd>,
 }
 
 impl Monitor {

@@ -15,6 +15,7 @@
 //! Operations on different containers overlap.
 
 mod change;
+mod dial;
 mod events;
 mod operation;
 mod remove;
@@ -30,6 +31,7 @@ use std::time::Duration;
 use coracle_proto::cri::{ContainerConfig, PodSandboxConfig};
 use tokio::sync::{mpsc, oneshot, watch};
 
+pub(crate) use dial::{check_ready, dial};
 pub(crate) use operation::{Operation, all_done};
 pub(crate) use task::{Restored, RestoredContainer, Start, prepare};
 

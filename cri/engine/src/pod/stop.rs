@@ -47,6 +47,11 @@ pub(super) async fn stop(pod: PodHandle, reason: &'static str) -> Result<()> {
 
 /// Releases what a sandbox holds apart from its containers and its files: network and monitor.
 pub(crate) async fn release(pod: &PodHandle) -> Result<()> {
+    // Processes first: a network that cannot be taken down must not keep them alive.
+    if namespace_options(&pod.view().config).pid() == NamespaceMode::Pod {
+        let cgroup = cgroup_manager(pod.core().cgroups.clone(), super::run::init_cgroup(pod)?).await?;
+        kill_and_remove(cgroup).await?;
+    }
     if pod.view().record.network.is_some() {
         let (network, id) = (pod.core().network.clone(), pod.id().to_owned());
         blocking(move || network.detach(&id))
@@ -54,10 +59,6 @@ pub(crate) async fn release(pod: &PodHandle) -> Result<()> {
             .step("detach the pod's network")?;
     }
     failpoint::reach("stop-pod.network").await?;
-    if namespace_options(&pod.view().config).pid() == NamespaceMode::Pod {
-        let cgroup = cgroup_manager(pod.core().cgroups.clone(), super::run::init_cgroup(pod)?).await?;
-        kill_and_remove(cgroup).await?;
-    }
     crate::monitor::end(pod).await?;
     failpoint::reach("stop-pod.monitor").await
 }

@@ -145,7 +145,7 @@ fn the_runtime_takes_every_document() {
             println!("{first} and {second}");
             if let Ok(made) = generate(&two.inputs()) {
                 Config::from_slice(made.config.to_string().as_bytes()).unwrap();
-                let exec = exec_process(&made.config, &["ls".to_owned()]).unwrap();
+                let exec = exec_process(&made.config, &["ls".to_owned()], false).unwrap();
                 load_process(exec.to_string().as_bytes()).unwrap();
             }
         }

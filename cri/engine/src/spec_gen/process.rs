@@ -35,7 +35,11 @@ pub(super) fn process(
 ///
 /// # Errors
 /// The command cannot be run, or the stored config holds no process.
-pub fn exec_process(config: &Value, command: &[String]) -> std::result::Result<Value, super::SpecError> {
+pub fn exec_process(
+    config: &Value,
+    command: &[String],
+    terminal: bool,
+) -> std::result::Result<Value, super::SpecError> {
     check_args("cmd", command)?;
     let mut process = config
         .get("process")
@@ -43,9 +47,17 @@ pub fn exec_process(config: &Value, command: &[String]) -> std::result::Result<V
         .cloned()
         .ok_or_else(|| invalid("stored config", "has no process"))?;
     process["args"] = json!(command);
-    process["terminal"] = json!(false);
+    process["terminal"] = json!(terminal);
     if let Some(members) = process.as_object_mut() {
         members.remove("consoleSize");
+    }
+    // Programs that draw ask for it; a container without a terminal was not given one.
+    if let Some(env) = process["env"].as_array_mut().filter(|_| terminal)
+        && !env
+            .iter()
+            .any(|entry| entry.as_str().is_some_and(|entry| entry.starts_with("TERM=")))
+    {
+        env.push(json!("TERM=xterm"));
     }
     Ok(process)
 }
@@ -185,17 +197,17 @@ mod tests {
             },
             "linux": {},
         });
-        let made = exec_process(&stored, &words(&["ls", "-l"])).unwrap();
+        let made = exec_process(&stored, &words(&["ls", "-l"]), false).unwrap();
         let expected = json!({
             "args": ["ls", "-l"], "terminal": false, "cwd": "/srv", "user": { "uid": 7, "gid": 8 },
             "capabilities": { "bounding": ["CAP_KILL"] }, "noNewPrivileges": true,
         });
         assert_eq!(made, expected);
         for bad in [words(&[]), words(&[""]), words(&["a\0"])] {
-            exec_process(&stored, &bad).unwrap_err();
+            exec_process(&stored, &bad, false).unwrap_err();
         }
         for broken in [json!({}), json!({ "process": 1 }), json!([])] {
-            exec_process(&broken, &words(&["ls"])).unwrap_err();
+            exec_process(&broken, &words(&["ls"]), false).unwrap_err();
         }
     }
 }

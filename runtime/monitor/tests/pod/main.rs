@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, reason = "all of it is a test")]
 
+mod attach;
 mod bundle;
 mod client;
 mod faults;
@@ -22,7 +23,11 @@ fn main() -> ExitCode {
         return coracle_monitor::run();
     }
     let filters: Vec<&String> = args.iter().filter(|arg| !arg.starts_with('-')).collect();
-    let all = life::ALL.iter().chain(logs::ALL).chain(faults::ALL);
+    let all = life::ALL
+        .iter()
+        .chain(logs::ALL)
+        .chain(attach::ALL)
+        .chain(faults::ALL);
     let selected: Vec<_> = all
         .filter(|(name, _)| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str())))
         .collect();

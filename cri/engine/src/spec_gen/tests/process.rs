@@ -152,12 +152,12 @@ fn an_exec_runs_with_the_stored_privileges() {
         request.context.no_new_privs = true;
     });
     let stored = request.generate().unwrap().config;
-    let process = exec_process(&stored, &words(&["ls", "-l"])).unwrap();
+    let process = exec_process(&stored, &words(&["ls", "-l"]), false).unwrap();
     let (process, warnings) = coracle_spec::load_process(process.to_string().as_bytes()).unwrap();
     assert_eq!(warnings, []);
     assert_eq!(process.args, ["ls", "-l"]);
     assert!(!process.terminal && process.no_new_privileges);
     assert_eq!(process.user.uid, 7);
     assert_eq!(process.capabilities, request.config().process.capabilities);
-    exec_process(&json!({}), &[]).unwrap_err();
+    exec_process(&json!({}), &[], false).unwrap_err();
 }
