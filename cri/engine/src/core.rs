@@ -279,8 +279,9 @@ impl Paths {
         let text = |path: &Path| Some(path.to_string_lossy().into_owned());
         let host_ipc = namespace_options(config).ipc() == NamespaceMode::Node;
         PodFiles {
-            resolv_conf: text(&dir.join("resolv.conf")),
-            hostname: text(&dir.join("hostname")),
+            resolv_conf: text(&dir.join("files/resolv.conf")),
+            hostname: text(&dir.join("files/hostname")),
+            hosts: text(&dir.join("files/hosts")),
             shm: if host_ipc {
                 text(Path::new("/dev/shm"))
             } else {

@@ -23,6 +23,7 @@ crate::tests![
     stop_and_remove_are_idempotent,
     host_network,
     files_and_names,
+    the_pods_files_are_its_own,
     containers_share_ipc_and_network,
     the_pod_is_reached_over_the_network,
     containers_share_a_pid_namespace_where_asked,
@@ -302,6 +303,49 @@ async fn files_and_names() -> Result<()> {
             ],
         "{lines:?}"
     );
+    node.finish().await
+}
+
+/// Written by one container, read by the next one, and no larger than they may be.
+async fn the_pods_files_are_its_own() -> Result<()> {
+    let node = Node::with_busybox(Options::default()).await?;
+    let config = request::pod("files", &node.logs);
+    let pod = node.run_pod(&config).await?;
+    let first = node
+        .run_container(&pod, &request::container("first", "sleep 1000"), &config)
+        .await?;
+    let address = node.pod_status(&pod).await?.network.context("no network")?.ip;
+    let hosts = node.exec(&first, &["cat", "/etc/hosts"], 10).await?;
+    let hosts = String::from_utf8_lossy(&hosts.stdout).into_owned();
+    ensure!(
+        hosts.starts_with("127.0.0.1\tlocalhost\n") && hosts.ends_with(&format!("\n{address}\tfiles\n")),
+        "{hosts:?}"
+    );
+    let script = "echo 192.0.2.77 added >>/etc/hosts";
+    let written = node.exec(&first, &["sh", "-c", script], 10).await?;
+    ensure!(written.exit_code == 0, "{written:?}");
+    let mut locked = request::container("locked", "sleep 1000");
+    locked
+        .linux
+        .as_mut()
+        .and_then(|linux| linux.security_context.as_mut())
+        .context("no context")?
+        .readonly_rootfs = true;
+    let second = node.run_container(&pod, &locked, &config).await?;
+    let seen = node.exec(&second, &["grep", "added", "/etc/hosts"], 10).await?;
+    ensure!(seen.stdout == b"192.0.2.77 added\n", "{seen:?}");
+    let refused = node.exec(&second, &["sh", "-c", script], 10).await?;
+    ensure!(refused.exit_code != 0, "a read-only container wrote: {refused:?}");
+    let flood = ["dd", "if=/dev/zero", "of=/etc/resolv.conf", "bs=1M", "count=64"];
+    let flood = node.exec(&first, &flood, 30).await?;
+    let text = String::from_utf8_lossy(&flood.stderr).into_owned();
+    ensure!(flood.exit_code != 0 && text.contains("No space left"), "{text}");
+    // On the host there is only what the daemon wrote.
+    let files = node.state().join("pods").join(&pod).join("files");
+    for name in ["hosts", "hostname", "resolv.conf"] {
+        let size = std::fs::metadata(files.join(name))?.len();
+        ensure!(size < 4096, "{name} has {size} bytes");
+    }
     node.finish().await
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use coracle_integration::leaks::{self, Snapshot};
-use coracle_integration::{Node, Options, request, stretched};
+use coracle_integration::{Node, Options, request};
 use coracle_kernel::mount_old::{self, Flags};
 use coracle_kernel::signal::{self, Signal};
 use coracle_proto::cri::{ContainerState, Mount, PodSandboxState, ReopenContainerLogRequest};

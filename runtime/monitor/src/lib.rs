@@ -25,6 +25,7 @@ mod log;
 mod monitor;
 mod outcomes;
 mod pod_init;
+mod pod_mounts;
 mod refusal;
 mod requests;
 mod state;

@@ -77,7 +77,7 @@ pub(crate) struct Sandbox {
     pub(crate) pod_dir: String,
     pub(crate) ipc: Option<OwnedFd>,
     pub(crate) uts: Option<OwnedFd>,
-    /// The mount namespace with the pod's /dev/shm.
+    /// The mount namespace with the pod's /dev/shm and files.
     pub(crate) mnt: Option<OwnedFd>,
     /// The pid namespace that the containers share, and its init.
     pub(crate) init: Option<PodInit>,

@@ -18,6 +18,7 @@ use crate::deadlines::deadline;
 use crate::helper::Job;
 use crate::log::Log;
 use crate::monitor::{Monitor, PodInit, Sandbox, Token};
+use crate::pod_mounts::PodMounts;
 use crate::refusal::{Outcome, check_exec_id, check_id, check_path, kernel, not_in_state};
 use crate::work;
 
@@ -184,7 +185,7 @@ impl Monitor {
             rootfs,
             stdio,
             start: theirs,
-            shm: self.shm()?,
+            mounts: self.mounts()?,
         };
         // On the list first: what the helper makes must find its place.
         self.containers.push(container);
@@ -204,20 +205,22 @@ impl Monitor {
         })
     }
 
-    /// The pod's /dev/shm, for a container that may want it.
-    fn shm(&self) -> Outcome<Option<work::Shm>> {
+    /// The pod's mounts, for a container that may want them.
+    fn mounts(&self) -> Outcome<Option<PodMounts>> {
         let Some(Sandbox {
             mnt: Some(mnt),
             pod_dir,
+            ipc,
             ..
         }) = &self.sandbox
         else {
             return Ok(None);
         };
         let namespace = fd::dup(mnt).map_err(kernel("duplicate the pod's mount namespace"))?;
-        Ok(Some(work::Shm {
+        Ok(Some(PodMounts {
             namespace,
             pod_dir: pod_dir.clone(),
+            shm: ipc.is_some(),
         }))
     }
 

@@ -9,10 +9,7 @@ use coracle_cgroup::{Change, Host, Options as CgroupOptions};
 use coracle_container::{
     Console, ExecOptions, FailureKind, LateHooks, LaunchError, Options, Parent, Root, StartAt, load_config,
 };
-use coracle_kernel::mount::{self, Depth, Filesystem};
-use coracle_kernel::mount_attr::{self, Attr, Propagation};
 use coracle_kernel::namespace::{self, Kind, Kinds};
-use coracle_kernel::path::{self, OFlags};
 use coracle_kernel::procfs::Procfs;
 use coracle_kernel::{fd, persona};
 use coracle_spec::MAX_CONFIG_BYTES;
@@ -23,9 +20,7 @@ use crate::connection::failed;
 use crate::container::{location, paths};
 use crate::helper::{Made, Reporter, Work};
 use crate::pod_init;
-
-/// Size of a pod's /dev/shm where nothing is said, as container engines have it.
-const SHM_BYTES: u64 = 64 << 20;
+use crate::pod_mounts::{self, PodMounts};
 
 /// Makes the pod's namespaces.
 #[derive(Debug)]
@@ -50,16 +45,7 @@ pub(crate) struct Create {
     pub(crate) rootfs: Option<OwnedFd>,
     pub(crate) stdio: [Option<OwnedFd>; 3],
     pub(crate) start: OwnedFd,
-    pub(crate) shm: Option<Shm>,
-}
-
-/// The pod's /dev/shm.
-#[derive(Debug)]
-pub(crate) struct Shm {
-    /// The mount namespace in which it is attached.
-    pub(crate) namespace: OwnedFd,
-    /// Where, there and for containers.
-    pub(crate) pod_dir: String,
+    pub(crate) mounts: Option<PodMounts>,
 }
 
 /// Executes a process.
@@ -96,16 +82,15 @@ impl Work for Setup {
             namespace::enter(netns, Kind::Network).map_err(call)?;
         }
         let mut kinds = Kinds::empty();
-        kinds.set(Kinds::IPC | Kinds::MOUNT, self.ipc);
+        kinds.set(Kinds::MOUNT, true);
+        kinds.set(Kinds::IPC, self.ipc);
         kinds.set(Kinds::UTS, self.uts);
         namespace::unshare(kinds).map_err(call)?;
         if self.uts && !self.hostname.is_empty() {
             persona::set_hostname(&self.hostname).map_err(call)?;
         }
-        if self.ipc {
-            reporter.step("mount the pod's /dev/shm");
-            self.mount_shm().map_err(call)?;
-        }
+        reporter.step("mount the pod's /dev/shm and files");
+        pod_mounts::make(&self.pod_dir, self.ipc.then_some(self.shm_bytes))?;
         if !self.sysctls.is_empty() {
             reporter.step("set the pod's sysctls");
             self.set_sysctls()?;
@@ -123,11 +108,7 @@ impl Work for Setup {
             fds.push(init.pidfd);
             fds.push(namespace::open_of(init.pid, Kind::Pid).map_err(call)?);
         }
-        for (kind, wanted) in [
-            (Kind::Ipc, self.ipc),
-            (Kind::Uts, self.uts),
-            (Kind::Mount, self.ipc),
-        ] {
+        for (kind, wanted) in [(Kind::Ipc, self.ipc), (Kind::Uts, self.uts), (Kind::Mount, true)] {
             if wanted {
                 made.namespaces.push(kind.file_name().to_owned());
                 fds.push(namespace::open_own(kind).map_err(call)?);
@@ -140,27 +121,6 @@ impl Work for Setup {
 }
 
 impl Setup {
-    /// In a mount namespace of its own, so that the host's table does not grow with pods: the tmpfs that containers of
-    /// the pod share. A slave, so that host mounts made later still come in and nothing goes out.
-    fn mount_shm(&self) -> coracle_kernel::Result<()> {
-        mount_attr::set_propagation(&path::open_dir("/")?, Propagation::Slave, true)?;
-        let shm = Filesystem::open("tmpfs")?;
-        shm.string("mode", "1777")?;
-        shm.string(
-            "size",
-            if self.shm_bytes == 0 {
-                SHM_BYTES
-            } else {
-                self.shm_bytes
-            }
-            .to_string(),
-        )?;
-        shm.string("source", "shm")?;
-        shm.create()?;
-        let shm = shm.mount(Attr::NOSUID | Attr::NODEV | Attr::NOEXEC)?;
-        mount::attach(&shm, &shm_place(&self.pod_dir)?)
-    }
-
     fn set_sysctls(&self) -> Result<(), Failed> {
         let procfs = Procfs::open().map_err(call)?;
         for Sysctl { name, value } in &self.sysctls {
@@ -196,7 +156,7 @@ impl Work for Create {
     fn fds(&self) -> Vec<BorrowedFd<'_>> {
         let mut fds: Vec<BorrowedFd<'_>> = self.stdio.iter().flatten().map(AsFd::as_fd).collect();
         fds.extend(self.rootfs.iter().chain([&self.start]).map(AsFd::as_fd));
-        fds.extend(self.shm.iter().map(|shm| shm.namespace.as_fd()));
+        fds.extend(self.mounts.iter().map(|mounts| mounts.namespace.as_fd()));
         fds
     }
 
@@ -210,9 +170,9 @@ impl Work for Create {
                 "process.terminal of the configuration differs from the request",
             ));
         }
-        if let Some(shm) = &self.shm {
-            reporter.step("attach the pod's /dev/shm");
-            shm.attach().map_err(call)?;
+        if let Some(mounts) = &self.mounts {
+            reporter.step("attach the pod's mounts");
+            mounts.attach().map_err(call)?;
         }
         reporter.step("make the container's cgroup");
         let mut cgroup = coracle_container::cgroup_of(&config, &self.id, true).map_err(container)?;
@@ -256,35 +216,6 @@ impl Work for Create {
         reporter.made(made, &fds);
         Ok(())
     }
-}
-
-impl Shm {
-    /// Attaches the pod's /dev/shm for us and what we make, in a copy of the host's mount namespace as it is now.
-    ///
-    /// Of the copy only the mount that it lies on stops telling the host's of changes: volumes that containers mount
-    /// back to the host still reach it.
-    fn attach(&self) -> coracle_kernel::Result<()> {
-        let host = namespace::open_own(Kind::Mount)?;
-        namespace::enter(&self.namespace, Kind::Mount)?;
-        let shm = mount::clone_tree(shm_place(&self.pod_dir)?, Depth::Single)?;
-        namespace::enter(&host, Kind::Mount)?;
-        namespace::unshare(Kinds::MOUNT)?;
-        let place = shm_place(&self.pod_dir)?;
-        let mut top = fd::dup(&place)?;
-        while !path::mount_place(&top)?.is_root {
-            top = path::open_parent(&top)?;
-        }
-        mount_attr::set_propagation(&top, Propagation::Slave, false)?;
-        mount::attach(&shm, &place)
-    }
-}
-
-/// Where the pod's /dev/shm lies, below a directory of ours.
-fn shm_place(pod_dir: &str) -> coracle_kernel::Result<OwnedFd> {
-    path::open(
-        Path::new(pod_dir).join("shm"),
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW,
-    )
 }
 
 impl Work for Exec {

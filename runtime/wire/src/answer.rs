@@ -38,7 +38,7 @@ pub struct Sandbox {
     /// Pid, of the shared init.
     #[prost(string, tag = "5")]
     pub pid: String,
-    /// The private mount namespace with the pod's /dev/shm at `<pod dir>/shm`.
+    /// The private mount namespace with the pod's files at `<pod dir>/files` and its /dev/shm at `<pod dir>/shm`.
     #[prost(string, tag = "6")]
     pub mnt: String,
 }

@@ -19,8 +19,8 @@ pub struct SetupSandbox {
     /// The pod's id.
     #[prost(string, tag = "1")]
     pub pod_id: String,
-    /// Directory of the pod's files; its `shm` is where the pod's /dev/shm is mounted (in the monitor's mount namespace
-    /// for this pod alone).
+    /// Directory of the pod. In the monitor's mount namespace for this pod alone its /dev/shm is mounted on `shm`, and
+    /// on `files` a small file system with what was in that directory before.
     #[prost(string, tag = "2")]
     pub pod_dir: String,
     /// Host name for the UTS namespace; not with the host's.

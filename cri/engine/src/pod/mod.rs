@@ -17,6 +17,7 @@
 mod change;
 mod dial;
 mod events;
+mod files;
 mod operation;
 mod remove;
 mod run;

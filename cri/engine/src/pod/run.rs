@@ -1,21 +1,16 @@
 //! RunPodSandbox: the intent on the disk, the pod's files, its network, its monitor.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read as _;
-use std::path::Path;
-use std::sync::Arc;
 
 use coracle_cgroup::Location;
 use coracle_network::AttachOptions;
-use coracle_proto::cri::{DnsConfig, NamespaceMode, PodSandboxConfig};
+use coracle_proto::cri::{NamespaceMode, PodSandboxConfig};
 use coracle_spec::oci::LinuxResources;
 use tracing::warn;
 
-use super::PodHandle;
 use super::remove::discard;
+use super::{PodHandle, files};
 use crate::container::{blocking, cgroup_manager, cgroup_path};
-use crate::core::Core;
 use crate::error::{Context as _, Error, Result};
 use crate::failpoint;
 use crate::monitor::{Monitor, SetupCall};
@@ -23,9 +18,6 @@ use crate::pod::Change;
 use crate::record::{NetworkRecord, SandboxPhase};
 use crate::spec_gen;
 use crate::view::is_host_network;
-
-/// A resolver file of a host is far below it.
-const RESOLV_BYTES: u64 = 64 << 10;
 
 /// Makes a pod sandbox, or leaves nothing of it.
 pub(super) async fn run(pod: PodHandle) -> Result<()> {
@@ -55,7 +47,7 @@ async fn make(pod: &PodHandle) -> Result<()> {
     pod.edit(|_| {}).await?;
     failpoint::reach("run.intent").await?;
 
-    write_files(core, pod.id(), &config).await?;
+    files::write_names(pod, &config).await?;
     failpoint::reach("run.files").await?;
 
     // The monitor starts while the network is made: neither needs the other before the set-up.
@@ -68,6 +60,7 @@ async fn make(pod: &PodHandle) -> Result<()> {
         pod.set_monitor(Some(monitor.clone()));
     }
     let (network, monitor) = (network?, monitor?);
+    files::write_hosts(pod, &config, network.as_ref()).await?;
 
     let options = crate::view::namespace_options(&config);
     let pid_cgroup = match options.pid() {
@@ -77,7 +70,7 @@ async fn make(pod: &PodHandle) -> Result<()> {
     let setup = SetupCall {
         pod_id: pod.id().to_owned(),
         pod_dir: core.paths.pod(pod.id()),
-        hostname: hostname(core, &config),
+        hostname: files::hostname(core, &config),
         sysctls: of_others.into_iter().collect(),
         options,
         pid_cgroup,
@@ -139,114 +132,4 @@ async fn start_monitor(pod: &PodHandle) -> Result<Monitor> {
     let monitor = Monitor::start(pod).await?;
     failpoint::reach("run.monitor").await?;
     Ok(monitor)
-}
-
-/// `resolv.conf` and `hostname` of the pod, which each of its containers gets mounted.
-async fn write_files(core: &Arc<Core>, pod: &str, config: &PodSandboxConfig) -> Result<()> {
-    let dir = core.paths.pod(pod);
-    let hostname = hostname(core, config);
-    let resolv = config.dns_config.as_ref().map(resolv_conf).transpose()?;
-    blocking(move || -> std::io::Result<()> {
-        std::fs::create_dir_all(dir.join("shm"))?;
-        std::fs::create_dir_all(dir.join("containers"))?;
-        std::fs::write(dir.join("hostname"), format!("{hostname}\n"))?;
-        let resolv = resolv.unwrap_or_else(|| host_resolv_conf(Path::new("/etc/resolv.conf")));
-        std::fs::write(dir.join("resolv.conf"), resolv)
-    })
-    .await?
-    .step("write the pod's files")
-}
-
-/// The pod's host name; the host's for a pod on its network.
-fn hostname(core: &Core, config: &PodSandboxConfig) -> String {
-    if config.hostname.is_empty() {
-        core.facts.hostname.clone()
-    } else {
-        config.hostname.clone()
-    }
-}
-
-/// A resolver file of what the request says; nothing in it may start a line of its own.
-fn resolv_conf(dns: &DnsConfig) -> Result<String> {
-    let fields = [
-        ("servers", &dns.servers),
-        ("searches", &dns.searches),
-        ("options", &dns.options),
-    ];
-    for (field, values) in fields {
-        if values
-            .iter()
-            .any(|value| value.chars().any(|c| c.is_control() || c.is_whitespace()))
-        {
-            return Err(Error::invalid(
-                format!("config.dns_config.{field}"),
-                "holds white space",
-            ));
-        }
-    }
-    let mut text = String::new();
-    if !dns.searches.is_empty() {
-        text += &format!("search {}\n", dns.searches.join(" "));
-    }
-    for server in &dns.servers {
-        text += &format!("nameserver {server}\n");
-    }
-    if !dns.options.is_empty() {
-        text += &format!("options {}\n", dns.options.join(" "));
-    }
-    Ok(text)
-}
-
-fn host_resolv_conf(path: &Path) -> String {
-    // A host without one has no resolver to offer: neither has its pod.
-    let mut text = String::new();
-    let read = File::open(path).and_then(|file| file.take(RESOLV_BYTES + 1).read_to_string(&mut text));
-    match read {
-        Ok(length) if length as u64 <= RESOLV_BYTES => text,
-        Ok(_) => {
-            warn!(path = %path.display(), "larger than {RESOLV_BYTES} bytes: pods get an empty one");
-            String::new()
-        }
-        Err(_) => String::new(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_resolver_file_says_what_the_request_says() {
-        let dns = DnsConfig {
-            servers: vec!["10.0.0.10".into(), "fd00::a".into()],
-            searches: vec!["default.svc.cluster.local".into(), "cluster.local".into()],
-            options: vec!["ndots:5".into()],
-        };
-        let expected = "search default.svc.cluster.local cluster.local\n\
-                        nameserver 10.0.0.10\nnameserver fd00::a\noptions ndots:5\n";
-        assert_eq!(resolv_conf(&dns).unwrap(), expected);
-        assert_eq!(resolv_conf(&DnsConfig::default()).unwrap(), "");
-    }
-
-    #[test]
-    fn nothing_in_it_starts_a_line_of_its_own() {
-        for bad in ["10.0.0.1\nnameserver 6.6.6.6", "a b", "x\r", "\0"] {
-            let dns = DnsConfig {
-                servers: vec![bad.into()],
-                ..Default::default()
-            };
-            assert!(resolv_conf(&dns).is_err(), "{bad:?}");
-        }
-    }
-
-    #[test]
-    fn a_huge_or_absent_resolver_file_of_the_host_is_left_out() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("resolv.conf");
-        assert_eq!(host_resolv_conf(&path), "");
-        std::fs::write(&path, "#".repeat(100_000)).unwrap();
-        assert_eq!(host_resolv_conf(&path), "");
-        std::fs::write(&path, "nameserver 1.1.1.1\n").unwrap();
-        assert_eq!(host_resolv_conf(&path), "nameserver 1.1.1.1\n");
-    }
 }

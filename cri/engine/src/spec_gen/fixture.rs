@@ -60,6 +60,7 @@ impl Default for Fixture {
             files: PodFiles {
                 resolv_conf: text("/run/pod/resolv.conf"),
                 hostname: text("/run/pod/hostname"),
+                hosts: text("/run/pod/hosts"),
                 shm: text("/run/pod/shm"),
             },
             mounts: Vec::new(),

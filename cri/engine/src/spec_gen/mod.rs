@@ -102,6 +102,8 @@ pub struct PodFiles {
     pub resolv_conf: Option<String>,
     /// Mounted on `/etc/hostname`.
     pub hostname: Option<String>,
+    /// Mounted on `/etc/hosts` unless the request mounts something there.
+    pub hosts: Option<String>,
     /// Mounted on `/dev/shm`: the pod's tmpfs, or the host's.
     pub shm: Option<String>,
 }

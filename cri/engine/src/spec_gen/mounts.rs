@@ -36,11 +36,13 @@ pub(super) fn mounts(inputs: &Inputs<'_>, context: &LinuxContainerSecurityContex
         .filter(|mount| !(brings_dev && mount.destination.starts_with("/dev/")))
         .collect();
     let files = &inputs.files;
-    // Read-only whatever the root is: what a container wrote there would fill the node's own tmpfs.
-    let of_pod = || vec!["bind", "rprivate", "ro", "nosuid", "nodev", "noexec"];
+    // As writable as the root; they lie in a small file system of the pod's.
+    let access = if context.readonly_rootfs { "ro" } else { "rw" };
+    let of_pod = || vec!["bind", "rprivate", access, "nosuid", "nodev", "noexec"];
     for (destination, source, options) in [
         ("/etc/resolv.conf", &files.resolv_conf, of_pod()),
         ("/etc/hostname", &files.hostname, of_pod()),
+        ("/etc/hosts", &files.hosts, of_pod()),
         (
             "/dev/shm",
             &files.shm,
@@ -285,13 +287,13 @@ mod tests {
     }
 
     #[test]
-    fn nobody_writes_to_the_pods_files() {
+    fn the_pods_files_are_as_writable_as_the_root() {
         let fixture = Fixture::default();
-        for (privileged, readonly) in [(false, false), (false, true), (true, false)] {
-            let mounts = of(&fixture, privileged, readonly).unwrap();
-            for path in ["/etc/hostname", "/etc/resolv.conf"] {
+        for (readonly, word) in [(false, "rw"), (true, "ro")] {
+            let mounts = of(&fixture, false, readonly).unwrap();
+            for path in ["/etc/hostname", "/etc/hosts", "/etc/resolv.conf"] {
                 let options = &find(&mounts, path)[0]["options"];
-                assert!(options.as_array().unwrap().contains(&json!("ro")), "{path}");
+                assert!(options.as_array().unwrap().contains(&json!(word)), "{path}");
             }
         }
     }

@@ -52,7 +52,8 @@ pub fn exec_process(
         members.remove("consoleSize");
     }
     // Programs that draw ask for it; a container without a terminal was not given one.
-    if let Some(env) = process["env"].as_array_mut().filter(|_| terminal)
+    if terminal
+        && let Some(env) = process.get_mut("env").and_then(Value::as_array_mut)
         && !env
             .iter()
             .any(|entry| entry.as_str().is_some_and(|entry| entry.starts_with("TERM=")))
@@ -203,6 +204,16 @@ mod tests {
             "capabilities": { "bounding": ["CAP_KILL"] }, "noNewPrivileges": true,
         });
         assert_eq!(made, expected);
+        // With a terminal there is a TERM, the container's own if it has one.
+        let mut stored = stored;
+        for (env, expected) in [
+            (json!(["A=b"]), json!(["A=b", "TERM=xterm"])),
+            (json!(["TERM=vt100"]), json!(["TERM=vt100"])),
+        ] {
+            stored["process"]["env"] = env;
+            let made = exec_process(&stored, &words(&["top"]), true).unwrap();
+            assert_eq!((&made["env"], &made["terminal"]), (&expected, &json!(true)));
+        }
         for bad in [words(&[]), words(&[""]), words(&["a\0"])] {
             exec_process(&stored, &bad, false).unwrap_err();
         }

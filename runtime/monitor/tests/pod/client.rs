@@ -38,6 +38,7 @@ impl Monitor {
         let dir = std::env::temp_dir().join(format!("coracle-pod-{name}-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&dir);
         std::fs::create_dir_all(dir.join("shm")).unwrap();
+        std::fs::create_dir_all(dir.join("files")).unwrap();
         let program = fd::sealed_program(c"coracle", File::open(program()).unwrap()).unwrap();
         let place = File::open(&dir).unwrap();
         let listener = scm::listen(&place, "m.sock", scm::Kind::Seqpacket, scm::Mode::Blocking).unwrap();

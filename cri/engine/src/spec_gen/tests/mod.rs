@@ -61,6 +61,7 @@ impl Default for Request {
             files: PodFiles {
                 resolv_conf: Some("/run/p/resolv.conf".to_owned()),
                 hostname: Some("/run/p/hostname".to_owned()),
+                hosts: Some("/run/p/hosts".to_owned()),
                 shm: Some("/run/p/shm".to_owned()),
             },
             devices: Vec::new(),
@@ -165,6 +166,7 @@ fn a_plain_request_gives_a_config_that_the_runtime_accepts() {
         "/dev/mqueue",
         "/etc/resolv.conf",
         "/etc/hostname",
+        "/etc/hosts",
         "/dev/shm",
         "/sys/fs/cgroup",
     ];
