@@ -1,4 +1,4 @@
-//! A stock kubelet without API server, fed by static pods, in a cell.
+//! A stock kubelet in a cell: fed by static pods, or part of a cluster.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,6 +18,8 @@ pub struct Options<'a> {
     pub socket: &'a Path,
     /// Keys that are added to (or replace those of) the configuration.
     pub config: Value,
+    /// How to reach an API server; none for static pods alone.
+    pub kubeconfig: Option<&'a Path>,
 }
 
 /// A running kubelet.
@@ -68,6 +70,9 @@ impl<'a> Kubelet<'a> {
             .arg("--cert-dir")
             .arg(root.join("pki"))
             .args(["--hostname-override", "node1", "--node-ip", NODE_ADDRESS]);
+        if let Some(kubeconfig) = options.kubeconfig {
+            command.arg("--kubeconfig").arg(kubeconfig);
+        }
         let process = cell.spawn("kubelet", &mut command)?;
         let kubelet = Self {
             cell,

@@ -6,10 +6,11 @@
 //! - `image`: images made on the spot from Debian's busybox-static
 //! - `node`: a daemon in the test's own namespaces, its crashes and restarts
 //! - `cell`: namespaces of one test, held by a process, for the real callers
-//! - `kubelet`, `registry`: the real callers, and where their images come from
+//! - `kubelet`, `cluster`, `registry`: the real callers, and where their images come from
 
 pub mod cell;
 pub mod client;
+pub mod cluster;
 pub mod daemon;
 pub mod image;
 pub mod kubelet;

@@ -32,6 +32,7 @@ fn a_pod_lives_through_crashes_and_goes() -> Result<()> {
     let options = Options {
         socket: &socket,
         config: json!({}),
+        kubeconfig: None,
     };
     let mut kubelet = Kubelet::start(&cell, &kubelet_program, &options)?;
 
@@ -113,6 +114,7 @@ fn a_reboot_gives_new_sandboxes_and_repeats_nothing() -> Result<()> {
     let options = Options {
         socket: &socket,
         config: json!({}),
+        kubeconfig: None,
     };
     let mut kubelet = Kubelet::start(&cell, &kubelet_program, &options)?;
     let host = cell.subdir("host")?;
@@ -205,6 +207,7 @@ fn twenty_pods_for_six_minutes() -> Result<()> {
         &Options {
             socket: &socket,
             config,
+            kubeconfig: None,
         },
     )?;
     let host = cell.subdir("host")?;

@@ -80,6 +80,7 @@ pub(crate) fn test(places: &Places, flags: &TestFlags) -> Result<bool> {
     run.stage("vm", Pace::Slow, vm_stage::guest);
     run.stage("qemu", Pace::Slow, vm_stage::qemu);
     run.stage("kubelet", Pace::Slow, kubelet);
+    run.stage("cluster", Pace::Slow, cluster);
     Ok(run.finish())
 }
 
@@ -321,6 +322,24 @@ fn kubelet(run: &mut Run<'_>) -> Result<bool> {
     command
         .args(["--test", "kubelet"])
         .env("KUBELET", dir.join("kubelet"));
+    counting_skips(run, &mut command)
+}
+
+/// A stock control plane, and kubectl.
+fn cluster(run: &mut Run<'_>) -> Result<bool> {
+    let tools = [
+        (Tool::Kubelet, "KUBELET", "kubelet"),
+        (Tool::Kubernetes, "KUBERNETES_BIN", ""),
+        (Tool::Etcd, "ETCD", "server"),
+        (Tool::Coredns, "COREDNS", "coredns"),
+    ];
+    let mut variables = Vec::new();
+    for (tool, variable, program) in tools {
+        let Some(dir) = run.tool(tool) else { return Ok(true) };
+        variables.push((variable, dir.join(program)));
+    }
+    let mut command = integration(run)?;
+    command.args(["--test", "cluster"]).envs(variables);
     counting_skips(run, &mut command)
 }
 

@@ -24,6 +24,12 @@ pub(crate) enum Tool {
     Containerd,
     /// The kubelet.
     Kubelet,
+    /// The rest of Kubernetes: API server, controllers, scheduler, proxy, kubectl.
+    Kubernetes,
+    /// What the API server keeps its objects in.
+    Etcd,
+    /// The name server of a cluster.
+    Coredns,
     /// Our own driver over the kubelet's client library.
     Criclient,
 }
@@ -34,7 +40,9 @@ impl Tool {
         match self {
             Self::Runc | Self::Cni => "runc-cni",
             Self::Containerd => "containerd",
-            Self::Kubelet => "kubernetes",
+            Self::Kubelet | Self::Kubernetes => "kubernetes",
+            Self::Etcd => "etcd",
+            Self::Coredns => "coredns",
             Self::Criclient => "criclient",
         }
     }
@@ -46,6 +54,10 @@ impl Tool {
             Self::Cni => "bridge",
             Self::Containerd => "containerd",
             Self::Kubelet => "kubelet",
+            Self::Kubernetes => "kubectl",
+            // By the last word of its module's path.
+            Self::Etcd => "server",
+            Self::Coredns => "coredns",
             Self::Criclient => "criclient",
         }
     }
@@ -63,7 +75,13 @@ impl Tool {
                 "-ldflags=-s -w",
                 "github.com/containernetworking/plugins/plugins/main/bridge",
                 "github.com/containernetworking/plugins/plugins/main/loopback",
+                "github.com/containernetworking/plugins/plugins/main/macvlan",
+                "github.com/containernetworking/plugins/plugins/main/ptp",
                 "github.com/containernetworking/plugins/plugins/ipam/host-local",
+                "github.com/containernetworking/plugins/plugins/meta/bandwidth",
+                "github.com/containernetworking/plugins/plugins/meta/firewall",
+                "github.com/containernetworking/plugins/plugins/meta/portmap",
+                "github.com/containernetworking/plugins/plugins/meta/tuning",
             ],
             Self::Containerd => &[
                 "-tags",
@@ -77,6 +95,16 @@ impl Tool {
                 "-ldflags=-s -w -X k8s.io/component-base/version.gitVersion=v1.36.3",
                 "k8s.io/kubernetes/cmd/kubelet",
             ],
+            Self::Kubernetes => &[
+                "-ldflags=-s -w -X k8s.io/component-base/version.gitVersion=v1.36.3",
+                "k8s.io/kubernetes/cmd/kube-apiserver",
+                "k8s.io/kubernetes/cmd/kube-controller-manager",
+                "k8s.io/kubernetes/cmd/kube-scheduler",
+                "k8s.io/kubernetes/cmd/kube-proxy",
+                "k8s.io/kubernetes/cmd/kubectl",
+            ],
+            Self::Etcd => &["-ldflags=-s -w", "go.etcd.io/etcd/server/v3"],
+            Self::Coredns => &["-ldflags=-s -w", "github.com/coredns/coredns"],
             Self::Criclient => &["-ldflags=-s -w", "."],
         }
     }
