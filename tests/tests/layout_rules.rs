@@ -29,6 +29,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("snapshot", &["kernel"]),
     ("image", &["kernel", "snapshot"]),
     ("network", &["kernel"]),
+    ("stream", &["kernel"]),
     (
         "engine",
         &[

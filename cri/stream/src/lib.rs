@@ -1,0 +1,170 @@
+//! The streaming server of the CRI: exec, attach and port-forward, over SPDY/3.1 and WebSocket.
+//!
+//! A CRI call gets a URL ([`Server::url`]), the kubelet or `crictl` upgrades one HTTP connection to it, and what goes
+//! over that connection is copied from and to what [`Sessions`] gives: descriptors of a process, or a TCP connection
+//! into a pod. The server knows nothing of pods.
+//!
+//! What a peer sends decides only about its own session: frames, header blocks, numbers of streams and bytes that wait
+//! are bounded, and a session that breaks a rule ends alone. When a session ends, for whatever reason, everything that
+//! belongs to it is dropped: the process sees that by its descriptors.
+//!
+//! The protocols (`spdy`, `ws`, `resize`) take bytes and give events; `link` and `writer` are the socket around them.
+
+mod link;
+mod negotiate;
+mod portforward;
+mod process;
+mod resize;
+mod server;
+mod session;
+mod spdy;
+mod status;
+mod token;
+mod writer;
+mod ws;
+
+use std::any::Any;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+
+pub use crate::server::{Refused, Server};
+
+/// A command to be run in a container.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ExecRequest {
+    /// Id of the container.
+    pub container: String,
+    /// The command and its arguments.
+    pub command: Vec<String>,
+    /// Whether it gets a terminal.
+    pub tty: bool,
+    /// Whether its input is the client's.
+    pub stdin: bool,
+    /// Whether the client wants its output.
+    pub stdout: bool,
+    /// Whether the client wants its error output; not with a terminal.
+    pub stderr: bool,
+}
+
+/// A running container's streams.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AttachRequest {
+    /// Id of the container.
+    pub container: String,
+    /// Whether the container has a terminal.
+    pub tty: bool,
+    /// Whether the client writes to the container's input.
+    pub stdin: bool,
+    /// Whether the client wants its output.
+    pub stdout: bool,
+    /// Whether the client wants its error output; not with a terminal.
+    pub stderr: bool,
+}
+
+/// Connections to ports of a pod.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PortForwardRequest {
+    /// Id of the pod.
+    pub pod: String,
+    /// The ports that may be dialled; any if empty. Over the channels of a WebSocket, those that are.
+    pub ports: Vec<u16>,
+}
+
+/// What a URL stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StreamRequest {
+    /// Run a command.
+    Exec(ExecRequest),
+    /// Join a container's streams.
+    Attach(AttachRequest),
+    /// Connect to ports.
+    PortForward(PortForwardRequest),
+}
+
+/// Why a session cannot be served; the client is shown it, with its sources.
+pub type SessionError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What serves sessions. A future that is dropped has to leave nothing behind: its client has gone.
+pub trait Sessions: Send + Sync + 'static {
+    /// Starts a command.
+    fn exec(&self, request: &ExecRequest) -> impl Future<Output = Result<Process, SessionError>> + Send;
+
+    /// Joins the streams of a container.
+    fn attach(&self, request: &AttachRequest) -> impl Future<Output = Result<Process, SessionError>> + Send;
+
+    /// Connects to a port on the loopback interface inside a pod's network namespace.
+    fn dial(&self, pod: &str, port: u16) -> impl Future<Output = Result<TcpStream, SessionError>> + Send;
+}
+
+/// A process, or a container that is attached to, as a session copies from and to it.
+///
+/// Descriptors are pipe ends and pty masters; they are made nonblocking. All of them are closed, and then the guard is
+/// dropped, when the session ends.
+pub struct Process {
+    /// Where the client's input goes; without it, it goes to the terminal.
+    pub stdin: Option<OwnedFd>,
+    /// Where output comes from; without it, it comes from the terminal.
+    pub stdout: Option<OwnedFd>,
+    /// Where error output comes from.
+    pub stderr: Option<OwnedFd>,
+    /// The terminal's master. It is resized, and used for what has no descriptor of its own.
+    pub tty: Option<OwnedFd>,
+    /// The exit code, when there is one; if the sender is dropped, it was lost. `None` for an attachment, which ends
+    /// with its output, or without output with its input.
+    pub exit: Option<oneshot::Receiver<i32>>,
+    /// Whatever has to live as long as the session.
+    pub guard: Box<dyn Any + Send>,
+}
+
+/// Bounds of the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Sessions at once of one container (exec and attach together) or one pod (port-forward).
+    pub sessions_per_key: usize,
+    /// URLs that were given and not used yet.
+    pub tokens: usize,
+    /// How long a URL may be used.
+    pub token_life: Duration,
+    /// Connections at once.
+    pub connections: usize,
+    /// Connections at once that have not shown a token yet; beyond this, the oldest of them is closed.
+    pub pending: usize,
+    /// How long a client may take for its request, and after the upgrade for opening its streams.
+    pub handshake: Duration,
+    /// How long nothing may go either way.
+    pub idle: Duration,
+    /// How long after the exit of a process others that have its output open are still read.
+    pub drain: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            sessions_per_key: 64,
+            tokens: 1000,
+            token_life: Duration::from_secs(60),
+            connections: 1024,
+            pending: 128,
+            handshake: Duration::from_secs(30),
+            idle: Duration::from_secs(4 * 60 * 60),
+            drain: Duration::from_secs(2),
+        }
+    }
+}
+
+/// An error with its sources, as a client is shown it.
+fn chain(error: &SessionError) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,283 @@
+//! Copying from and to the descriptors of a process, and the end of it.
+
+use std::convert::Infallible;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Buf as _;
+use coracle_kernel::error::Errno;
+use coracle_kernel::tty::{self, Size};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+use crate::Process;
+use crate::link::Piece;
+use crate::status::Outcome;
+use crate::writer::{Chunk, Pool, Send};
+
+/// Bytes read at a time: a pipe's buffer.
+const CHUNK: usize = 64 << 10;
+/// Chunks of a session: one of each output being written, one being read.
+const CHUNKS: usize = 3;
+/// What is still read of an output that others keep filling after the drain time: as much as the largest pipe that an
+/// unprivileged process can make, so everything that the process itself has written is among it.
+const AFTER_DRAIN: usize = 1 << 20;
+
+/// A descriptor that is waited for.
+type Fd = Arc<AsyncFd<OwnedFd>>;
+
+/// What a client has sent for a process.
+pub(crate) struct Inputs {
+    /// Its input; the end of the channel is the end of the input.
+    pub(crate) stdin: mpsc::UnboundedReceiver<Piece>,
+    /// The size of the terminal.
+    pub(crate) size: watch::Receiver<Option<Size>>,
+    /// Whether the client gave stdout and stderr up.
+    pub(crate) given_up: [watch::Receiver<bool>; 2],
+}
+
+/// The streams that output goes to; what has none is read and dropped.
+pub(crate) struct Outputs {
+    pub(crate) stdout: Option<u32>,
+    pub(crate) stderr: Option<u32>,
+    pub(crate) to: mpsc::Sender<Send>,
+}
+
+/// Copies until the process has ended and its output is sent: to its end, or if others hold it open, for as long as
+/// there is something in it after the drain time.
+pub(crate) async fn copy(
+    process: Process,
+    inputs: Inputs,
+    outputs: Outputs,
+    drain: Duration,
+) -> io::Result<Outcome> {
+    let Process {
+        stdin,
+        stdout,
+        stderr,
+        tty,
+        exit,
+        guard,
+    } = process;
+    // declared first, so dropped last
+    let _guard = guard;
+    let tty_interest = match (&stdin, &stdout) {
+        (_, Some(_)) => Interest::WRITABLE,
+        (Some(_), None) => Interest::READABLE,
+        (None, None) => Interest::READABLE | Interest::WRITABLE,
+    };
+    let tty = tty.map(|fd| register(fd, tty_interest)).transpose()?;
+    let stdin = or_tty(stdin, tty.as_ref(), Interest::WRITABLE)?;
+    let stdout = or_tty(stdout, tty.as_ref(), Interest::READABLE)?;
+    let stderr = stderr
+        .map(|fd| register(fd, Interest::READABLE))
+        .transpose()?;
+
+    let Inputs {
+        stdin: pieces,
+        size,
+        given_up: [no_stdout, no_stderr],
+    } = inputs;
+    let (exited, exit_time) = watch::channel(None);
+    let pool = Pool::new(CHUNKS, CHUNK);
+    let output = |source: Option<Fd>, stream, given_up| {
+        let (exit_time, pool, to) = (exit_time.clone(), Arc::clone(&pool), outputs.to.clone());
+        async move {
+            let Some(source) = source else { return };
+            let end = End {
+                exited: exit_time,
+                drain,
+            };
+            tokio::select! {
+                () = is_true(given_up) => {}
+                () = copy_out(&source, stream, &to, &pool, end) => {}
+            }
+        }
+    };
+    let silent = stdout.is_none() && stderr.is_none();
+    let reading = async {
+        tokio::join!(
+            output(stdout, outputs.stdout, no_stdout),
+            output(stderr, outputs.stderr, no_stderr),
+        );
+    };
+    let (fed, input_over) = oneshot::channel::<()>();
+    let feeding = async {
+        if let Some(stdin) = stdin {
+            feed(&stdin, pieces).await;
+        }
+        drop(fed);
+    };
+    let ending = async {
+        let Some(exit) = exit else {
+            // an attachment: joined with the end of its output, if it has any
+            if silent {
+                let _ = input_over.await;
+            }
+            return Outcome::Exit(0);
+        };
+        let code = exit.await;
+        exited.send_replace(Some(Instant::now()));
+        match code {
+            Ok(code) => Outcome::Exit(code),
+            Err(_) => Outcome::Failed("the exit code of the process is lost".to_owned()),
+        }
+    };
+    let beside = async {
+        tokio::join!(feeding, resize(tty, size));
+        std::future::pending::<Infallible>().await
+    };
+    tokio::select! {
+        ((), outcome) = async { tokio::join!(reading, ending) } => Ok(outcome),
+        never = beside => match never {},
+    }
+}
+
+/// When to stop reading an output that others hold open.
+struct End {
+    /// When the process exited.
+    exited: watch::Receiver<Option<Instant>>,
+    drain: Duration,
+}
+
+impl End {
+    /// Returns when the time after the exit is over; never for an attachment.
+    async fn due(&mut self) {
+        let exited = match self.exited.wait_for(Option::is_some).await {
+            Ok(time) => *time,
+            Err(_) => None,
+        };
+        match exited {
+            Some(time) => tokio::time::sleep_until(time + self.drain).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        self.exited
+            .borrow()
+            .is_some_and(|time| time + self.drain <= Instant::now())
+    }
+}
+
+/// Copies an output to its end.
+async fn copy_out(source: &Fd, stream: Option<u32>, to: &mpsc::Sender<Send>, pool: &Arc<Pool>, mut end: End) {
+    loop {
+        let ready = tokio::select! {
+            biased;
+            ready = source.readable() => ready,
+            () = end.due() => break,
+        };
+        let Ok(mut ready) = ready else { return };
+        let mut chunk = pool.take().await;
+        match ready.try_io(|fd| read(fd, &mut chunk)) {
+            // not readable after all, and no longer said to be
+            Err(_) => {}
+            Ok(Ok(0) | Err(_)) => return,
+            Ok(Ok(length)) => {
+                if send(to, stream, chunk.filled(length)).await.is_err() {
+                    return;
+                }
+            }
+        }
+        // readable without end is no reason never to look at the time
+        if end.is_over() {
+            break;
+        }
+    }
+    let mut left = AFTER_DRAIN;
+    while left > 0 {
+        let mut chunk = pool.take().await;
+        let length = match read(source, &mut chunk) {
+            // empty, or at its end
+            Ok(0) | Err(_) => return,
+            Ok(length) => length.min(left),
+        };
+        left -= length;
+        if send(to, stream, chunk.filled(length)).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn send(to: &mpsc::Sender<Send>, stream: Option<u32>, chunk: Chunk) -> Result<(), mpsc::error::SendError<Send>> {
+    match stream {
+        Some(stream) => to.send(Send::Data(stream, chunk)).await,
+        None => Ok(()),
+    }
+}
+
+/// Writes what comes until the input ends, or until nobody reads it any more.
+async fn feed(target: &Fd, mut pieces: mpsc::UnboundedReceiver<Piece>) {
+    loop {
+        let piece = tokio::select! {
+            piece = pieces.recv() => piece,
+            // the last reader of a pipe is gone
+            _ = target.ready(Interest::ERROR) => return,
+        };
+        let Some(mut piece) = piece else { return };
+        while piece.bytes.has_remaining() {
+            let wrote = target
+                .async_io(Interest::WRITABLE, |fd| {
+                    coracle_kernel::fd::write(fd, &piece.bytes).map_err(to_io)
+                })
+                .await;
+            match wrote {
+                Ok(wrote) => piece.bytes.advance(wrote),
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+/// Gives a terminal the sizes that come.
+async fn resize(tty: Option<Fd>, mut sizes: watch::Receiver<Option<Size>>) {
+    let Some(tty) = tty else { return };
+    loop {
+        let size = *sizes.borrow_and_update();
+        if let Some(size) = size
+            && let Err(error) = tty::set_size(tty.get_ref(), size)
+        {
+            tracing::debug!(%error, "terminal not resized");
+        }
+        if sizes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Returns when it is true; never if that can no longer be.
+async fn is_true(mut flag: watch::Receiver<bool>) {
+    if flag.wait_for(|set| *set).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+#[expect(
+    deprecated,
+    reason = "its successor is unsafe for descriptors in general; an OwnedFd keeps its promise"
+)]
+fn register(fd: OwnedFd, interest: Interest) -> io::Result<Fd> {
+    // a blocking descriptor would stop a thread of the server, not only its session
+    coracle_kernel::fd::set_nonblocking(&fd, true).map_err(|e| to_io(e.errno()))?;
+    Ok(Arc::new(AsyncFd::with_interest(fd, interest)?))
+}
+
+fn or_tty(fd: Option<OwnedFd>, tty: Option<&Fd>, interest: Interest) -> io::Result<Option<Fd>> {
+    match fd {
+        Some(fd) => register(fd, interest).map(Some),
+        None => Ok(tty.cloned()),
+    }
+}
+
+fn read(fd: &AsyncFd<OwnedFd>, chunk: &mut Chunk) -> io::Result<usize> {
+    coracle_kernel::fd::read(fd.get_ref(), chunk.room()).map_err(to_io)
+}
+
+fn to_io(errno: Errno) -> io::Error {
+    io::Error::from_raw_os_error(errno.raw())
+}

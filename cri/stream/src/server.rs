@@ -1,0 +1,382 @@
+//! The HTTP side: URLs are given, requests checked, connections upgraded and counted.
+
+use std::collections::{BTreeMap, HashMap};
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+
+use crate::link::Link;
+use crate::negotiate::{Protocol, negotiate};
+use crate::session::{self, Command};
+use crate::token::{self, Tokens};
+use crate::{Limits, Sessions, StreamRequest, portforward};
+
+/// Most bytes of a request's head; the kubelet passes on what an API server and its proxies have added.
+const MOST_HEAD: usize = 32 << 10;
+/// Most headers of a request.
+const MOST_HEADERS: usize = 100;
+/// How long accepting waits when the process is out of descriptors: nothing tells when there are some again.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// The server: one listener, and whatever was upgraded from it.
+pub struct Server<S> {
+    listener: TcpListener,
+    address: SocketAddr,
+    shared: Arc<Shared<S>>,
+}
+
+/// Why there is no URL.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// A request that no session can serve (`InvalidArgument`).
+    #[error("{0}")]
+    Invalid(&'static str),
+    /// So many URLs wait to be used that this one is not given (`ResourceExhausted`).
+    #[error("{0} streaming requests wait for their clients already")]
+    TooMany(usize),
+    /// The host gives no random bytes.
+    #[error("read /dev/urandom: {0}")]
+    Random(io::ErrorKind),
+}
+
+struct Shared<S> {
+    sessions: Arc<S>,
+    limits: Limits,
+    tokens: Tokens,
+    /// Sessions of each container and pod that has any.
+    running: Mutex<HashMap<String, usize>>,
+    /// Connections that have not shown a token, oldest first. Each is closed when its entry is dropped.
+    pending: Mutex<BTreeMap<u64, oneshot::Sender<Infallible>>>,
+}
+
+/// What an accepted request becomes when its connection is upgraded.
+struct Upgrade<S: Sessions> {
+    upgrade: OnUpgrade,
+    protocol: Protocol,
+    request: Arc<StreamRequest>,
+    place: Place<S>,
+}
+
+impl<S: Sessions> Server<S> {
+    /// Listens on an address; port 0 is any free port.
+    pub async fn bind(address: SocketAddr, limits: Limits, sessions: Arc<S>) -> io::Result<Server<S>> {
+        let listener = TcpListener::bind(address).await?;
+        Ok(Server {
+            address: listener.local_addr()?,
+            listener,
+            shared: Arc::new(Shared {
+                sessions,
+                limits,
+                tokens: Tokens::new(limits.tokens, limits.token_life),
+                running: Mutex::default(),
+                pending: Mutex::default(),
+            }),
+        })
+    }
+
+    /// The address that is listened on.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// A URL for one session with this request: it works once, and for as long as a token lives.
+    pub fn url(&self, request: StreamRequest) -> Result<String, Refused> {
+        check(&request)?;
+        let path = path(&request);
+        let issued = self.shared.tokens.issue(request, Instant::now());
+        match issued.map_err(|e| Refused::Random(e.kind()))? {
+            Some(token) => Ok(format!("http://{}/{path}/{token}", self.address)),
+            None => Err(Refused::TooMany(self.shared.limits.tokens)),
+        }
+    }
+
+    /// Serves until `shutdown` is there; then every session is dropped.
+    pub async fn serve(&self, shutdown: impl Future<Output = ()>) {
+        tokio::pin!(shutdown);
+        let mut tasks = JoinSet::new();
+        let mut number = 0;
+        loop {
+            let accepted = tokio::select! {
+                () = &mut shutdown => return,
+                Some(_) = tasks.join_next() => continue,
+                accepted = self.listener.accept() => accepted,
+            };
+            let socket = match accepted {
+                Ok((socket, _)) => socket,
+                // the peer has gone before it was accepted
+                Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => continue,
+                Err(error) => {
+                    tracing::warn!(%error, "streaming connection not accepted");
+                    tokio::time::sleep(RETRY).await;
+                    continue;
+                }
+            };
+            if tasks.len() >= self.shared.limits.connections {
+                tracing::warn!(connections = tasks.len(), "streaming connection refused: too many");
+                continue;
+            }
+            number += 1;
+            let pending = Pending::new(&self.shared, number);
+            tasks.spawn(connection(Arc::clone(&self.shared), socket, pending));
+        }
+    }
+}
+
+/// Serves one connection: a request, and if that is accepted, the session.
+async fn connection<S: Sessions>(shared: Arc<Shared<S>>, socket: TcpStream, mut pending: Pending<S>) {
+    // a keystroke is not worth waiting for the next one
+    let _ = socket.set_nodelay(true);
+    let accepted = Mutex::new(None);
+    let service = service_fn(|request| {
+        let answer = match accept(&shared, request) {
+            Ok((answer, upgrade)) => {
+                *accepted.lock().unwrap_or_else(PoisonError::into_inner) = Some(upgrade);
+                answer
+            }
+            Err(refusal) => refusal,
+        };
+        async { Ok::<_, Infallible>(answer) }
+    });
+    let http = http1::Builder::new()
+        .keep_alive(false)
+        .max_headers(MOST_HEADERS)
+        .max_buf_size(MOST_HEAD)
+        .timer(TokioTimer::new())
+        .serve_connection(TokioIo::new(socket), service)
+        .with_upgrades();
+    let http = tokio::time::timeout(shared.limits.handshake, http);
+    let served = tokio::select! {
+        served = http => served,
+        _ = &mut pending.evicted => return tracing::debug!("streaming connection closed for later ones"),
+    };
+    match served {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => return tracing::debug!(%error, "streaming request failed"),
+        Err(_) => return tracing::debug!("streaming request did not come in time"),
+    }
+    let accepted = accepted.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let Some(accepted) = accepted else { return };
+    drop(pending);
+    if let Err(error) = accepted.serve(&shared).await {
+        let source = std::error::Error::source(&error).map(ToString::to_string);
+        tracing::debug!(%error, source, "streaming session ended");
+    }
+}
+
+type Answer = Response<Full<Bytes>>;
+
+/// Accepts a request: its token is used up. Or says why not.
+fn accept<S: Sessions>(
+    shared: &Arc<Shared<S>>,
+    mut request: Request<Incoming>,
+) -> Result<(Answer, Upgrade<S>), Answer> {
+    let unknown = || refuse(StatusCode::NOT_FOUND, "no such session, or its URL was used already", None);
+    let now = Instant::now();
+    let (kind, token) = split(request.uri().path()).ok_or_else(unknown)?;
+    let wanted = shared.tokens.look(token, now).ok_or_else(unknown)?;
+    if path(&wanted) != kind {
+        return Err(unknown());
+    }
+    let protocol = negotiate(request.method(), request.headers(), &wanted)
+        .map_err(|refusal| refuse(refusal.code, &refusal.text, Some(refusal.headers)))?;
+    let place = Place::take(shared, key(&wanted)).ok_or_else(|| {
+        let most = shared.limits.sessions_per_key;
+        let text = format!("{} has {most} streaming sessions already", key(&wanted));
+        refuse(StatusCode::TOO_MANY_REQUESTS, &text, None)
+    })?;
+    let wanted = shared.tokens.take(token, now).ok_or_else(unknown)?;
+    let upgrade = hyper::upgrade::on(&mut request);
+    let mut answer = Response::new(Full::default());
+    *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    *answer.headers_mut() = protocol.headers.clone();
+    Ok((
+        answer,
+        Upgrade {
+            upgrade,
+            protocol,
+            request: wanted,
+            place,
+        },
+    ))
+}
+
+impl<S: Sessions> Upgrade<S> {
+    async fn serve(self, shared: &Shared<S>) -> Result<(), crate::link::Gone> {
+        let Upgrade {
+            upgrade,
+            protocol,
+            request,
+            place,
+        } = self;
+        let _place = place;
+        // neither fails: the answer is written, and the socket is the one that was given to the builder
+        let Ok(upgraded) = upgrade.await else { return Ok(()) };
+        let Ok(parts) = upgraded.downcast::<TokioIo<TcpStream>>() else { return Ok(()) };
+        let socket = parts.io.into_inner();
+        let link = |streams| Link::new(socket, &parts.read_buf, protocol.wire, streams);
+        let (sessions, limits) = (&shared.sessions, &shared.limits);
+        match &*request {
+            StreamRequest::PortForward(request) => {
+                let link = link(portforward::MOST_STREAMS);
+                portforward::serve(link, request, Arc::clone(sessions), limits).await
+            }
+            StreamRequest::Exec(request) => {
+                let link = link(session::MOST_STREAMS);
+                session::serve(link, &protocol, Command::Exec(request), &**sessions, limits).await
+            }
+            StreamRequest::Attach(request) => {
+                let link = link(session::MOST_STREAMS);
+                session::serve(link, &protocol, Command::Attach(request), &**sessions, limits).await
+            }
+        }
+    }
+}
+
+impl<S> Shared<S> {
+    fn lock_pending(&self) -> MutexGuard<'_, BTreeMap<u64, oneshot::Sender<Infallible>>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_running(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connection that has not shown a token yet.
+struct Pending<S> {
+    shared: Arc<Shared<S>>,
+    number: u64,
+    evicted: oneshot::Receiver<Infallible>,
+}
+
+impl<S> Pending<S> {
+    /// Notes a connection, and closes the oldest one if there are too many: who only connects keeps nobody out.
+    fn new(shared: &Arc<Shared<S>>, number: u64) -> Pending<S> {
+        let (held, evicted) = oneshot::channel();
+        let mut pending = shared.lock_pending();
+        pending.insert(number, held);
+        if pending.len() > shared.limits.pending {
+            pending.pop_first();
+        }
+        Pending {
+            shared: Arc::clone(shared),
+            number,
+            evicted,
+        }
+    }
+}
+
+impl<S> Drop for Pending<S> {
+    fn drop(&mut self) {
+        self.shared.lock_pending().remove(&self.number);
+    }
+}
+
+/// One of the sessions that a container or pod may have.
+struct Place<S> {
+    shared: Arc<Shared<S>>,
+    key: String,
+}
+
+impl<S> Place<S> {
+    fn take(shared: &Arc<Shared<S>>, key: &str) -> Option<Place<S>> {
+        let mut running = shared.lock_running();
+        let count = running.entry(key.to_owned()).or_default();
+        if *count >= shared.limits.sessions_per_key {
+            return None;
+        }
+        *count += 1;
+        Some(Place {
+            shared: Arc::clone(shared),
+            key: key.to_owned(),
+        })
+    }
+}
+
+impl<S> Drop for Place<S> {
+    fn drop(&mut self) {
+        let mut running = self.shared.lock_running();
+        if let Some(count) = running.get_mut(&self.key) {
+            *count -= 1;
+            if *count == 0 {
+                running.remove(&self.key);
+            }
+        }
+    }
+}
+
+/// Refuses what no session can serve.
+fn check(request: &StreamRequest) -> Result<(), Refused> {
+    let (tty, streams, stderr) = match request {
+        StreamRequest::PortForward(request) => {
+            return match (request.pod.is_empty(), request.ports.contains(&0)) {
+                (true, _) => Err(Refused::Invalid("missing pod_sandbox_id")),
+                (_, true) => Err(Refused::Invalid("port 0 cannot be forwarded")),
+                _ => Ok(()),
+            };
+        }
+        StreamRequest::Exec(r) if r.command.is_empty() => return Err(Refused::Invalid("missing cmd")),
+        StreamRequest::Exec(r) => (r.tty, r.stdin || r.stdout || r.stderr, r.stderr),
+        StreamRequest::Attach(r) => (r.tty, r.stdin || r.stdout || r.stderr, r.stderr),
+    };
+    if key(request).is_empty() {
+        return Err(Refused::Invalid("missing container_id"));
+    }
+    if tty && stderr {
+        return Err(Refused::Invalid("tty and stderr cannot both be true"));
+    }
+    if !streams {
+        return Err(Refused::Invalid("one of stdin, stdout, or stderr must be set"));
+    }
+    Ok(())
+}
+
+/// What sessions are counted by.
+fn key(request: &StreamRequest) -> &str {
+    match request {
+        StreamRequest::Exec(request) => &request.container,
+        StreamRequest::Attach(request) => &request.container,
+        StreamRequest::PortForward(request) => &request.pod,
+    }
+}
+
+/// The first part of a URL's path.
+fn path(request: &StreamRequest) -> &'static str {
+    match request {
+        StreamRequest::Exec(_) => "exec",
+        StreamRequest::Attach(_) => "attach",
+        StreamRequest::PortForward(_) => "portforward",
+    }
+}
+
+/// The two parts of a URL's path, if the second can be a token.
+fn split(path: &str) -> Option<(&str, &str)> {
+    let (kind, token) = path.strip_prefix('/')?.split_once('/')?;
+    (token.len() == token::LENGTH).then_some((kind, token))
+}
+
+fn refuse(code: StatusCode, text: &str, headers: Option<HeaderMap>) -> Answer {
+    let mut answer = Response::new(Full::from(format!("{text}\n")));
+    *answer.status_mut() = code;
+    *answer.headers_mut() = headers.unwrap_or_default();
+    answer.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/plain; charset=utf-8"),
+    );
+    answer
+}

@@ -1,0 +1,1 @@
+//! Sessions over real sockets, with a client of our own and real processes.
