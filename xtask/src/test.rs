@@ -335,7 +335,9 @@ fn cluster(run: &mut Run<'_>) -> Result<bool> {
     ];
     let mut variables = Vec::new();
     for (tool, variable, program) in tools {
-        let Some(dir) = run.tool(tool) else { return Ok(true) };
+        let Some(dir) = run.tool(tool) else {
+            return Ok(true);
+        };
         variables.push((variable, dir.join(program)));
     }
     let mut command = integration(run)?;

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -30,6 +30,8 @@ pub(crate) struct Config {
     pub(crate) image: Image,
     /// Pod networks.
     pub(crate) network: Network,
+    /// Sessions: exec, attach, port-forward.
+    pub(crate) stream: Stream,
     /// What a request that leaves a field unset means.
     pub(crate) defaults: Defaults,
 }
@@ -113,6 +115,14 @@ pub(crate) enum NetworkMode {
     Bridge,
 }
 
+/// `[stream]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Stream {
+    /// Where sessions are served: a loopback address of the node, which its kubelet connects to; port 0 is any free one.
+    pub(crate) address: SocketAddr,
+}
+
 /// `[defaults]`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -156,6 +166,14 @@ impl Default for Network {
             mode: NetworkMode::default(),
             subnet: "10.244.0.0/16".into(),
             mtu: 1500,
+        }
+    }
+}
+
+impl Default for Stream {
+    fn default() -> Self {
+        Self {
+            address: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         }
     }
 }
@@ -206,6 +224,11 @@ impl Config {
         ensure!(
             self.runtime.cgroup_driver != CgroupDriver::Systemd,
             "[runtime] cgroup_driver = \"systemd\" is not part of this release; use \"cgroupfs\", and the same in the kubelet"
+        );
+        ensure!(
+            self.stream.address.ip().is_loopback(),
+            "[stream] address {}: sessions are not encrypted, so they are served at loopback addresses alone",
+            self.stream.address
         );
         ensure!(self.image.fetch_uid != 0, "[image] fetch_uid must not be root");
         for (key, path) in [

@@ -8,6 +8,7 @@ mod config;
 mod notify;
 mod serve;
 mod service;
+mod sessions;
 mod startup;
 mod status;
 mod telemetry;

@@ -16,6 +16,7 @@ use coracle_proto::cri::image_service_server::ImageServiceServer;
 use coracle_proto::cri::runtime_service_server::RuntimeServiceServer;
 use coracle_snapshot::Snapshotter;
 use coracle_store::Store;
+use coracle_stream::Server as StreamServer;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -27,6 +28,7 @@ use crate::books::{AddressRows, ImageRows};
 use crate::config::{self, Config, MountApi, NetworkMode};
 use crate::notify::notify;
 use crate::service::{AdminService, Images, Runtime, Shared};
+use crate::sessions::EngineSessions;
 use crate::startup::{self, Directories};
 use crate::status;
 
@@ -132,11 +134,13 @@ async fn run(flags: &Serve, config: &Config, base: Base) -> Result<()> {
     let socket = flags.socket.as_ref().unwrap_or(&config.server.socket);
     let listener = startup::bind_socket(socket, &config.server.socket_group, &directories.state)?;
     let listener = tokio::net::UnixListener::from_std(listener)?;
+    let streams = open_streams(config, &engine).await?;
     let (pulls_sender, pulls) = watch::channel(pull_options(config));
     let shared = Shared {
         engine: engine.clone(),
         images,
         network,
+        streams: Arc::clone(&streams),
         pulls,
         root: directories.root.clone(),
     };
@@ -156,6 +160,13 @@ async fn run(flags: &Serve, config: &Config, base: Base) -> Result<()> {
     let (stop, stopped) = watch::channel(false);
     let path = flags.config.clone();
     let signals = tokio::spawn(handle_signals(path, pulls_sender, stop));
+    let mut closing = stopped.clone();
+    tokio::spawn(async move {
+        let stop = async move {
+            let _ = closing.wait_for(|stop| *stop).await;
+        };
+        streams.serve(stop).await;
+    });
     info!(socket = %socket.display(), pods = report.pods, "serving");
     notify("READY=1");
     let (mut draining, ending_engine) = (stopped.clone(), engine.clone());
@@ -295,6 +306,14 @@ fn open_network(flags: &Serve, config: &Config, instance: &str, store: Store) ->
         }
     };
     Ok(Network::new(instance, mode, Arc::new(AddressRows(store)))?)
+}
+
+async fn open_streams(config: &Config, engine: &Engine) -> Result<Arc<StreamServer<EngineSessions>>> {
+    let (address, sessions) = (config.stream.address, Arc::new(EngineSessions(engine.clone())));
+    let server = StreamServer::bind(address, coracle_stream::Limits::default(), sessions).await;
+    server
+        .map(Arc::new)
+        .with_context(|| format!("listen at [stream] address {address}"))
 }
 
 fn pull_options(config: &Config) -> PullOptions {

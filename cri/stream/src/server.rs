@@ -127,7 +127,10 @@ impl<S: Sessions> Server<S> {
                 }
             };
             if tasks.len() >= self.shared.limits.connections {
-                tracing::warn!(connections = tasks.len(), "streaming connection refused: too many");
+                tracing::warn!(
+                    connections = tasks.len(),
+                    "streaming connection refused: too many"
+                );
                 continue;
             }
             number += 1;
@@ -185,7 +188,13 @@ fn accept<S: Sessions>(
     shared: &Arc<Shared<S>>,
     mut request: Request<Incoming>,
 ) -> Result<(Answer, Upgrade<S>), Answer> {
-    let unknown = || refuse(StatusCode::NOT_FOUND, "no such session, or its URL was used already", None);
+    let unknown = || {
+        refuse(
+            StatusCode::NOT_FOUND,
+            "no such session, or its URL was used already",
+            None,
+        )
+    };
     let now = Instant::now();
     let (kind, token) = split(request.uri().path()).ok_or_else(unknown)?;
     let wanted = shared.tokens.look(token, now).ok_or_else(unknown)?;
@@ -225,8 +234,12 @@ impl<S: Sessions> Upgrade<S> {
         } = self;
         let _place = place;
         // neither fails: the answer is written, and the socket is the one that was given to the builder
-        let Ok(upgraded) = upgrade.await else { return Ok(()) };
-        let Ok(parts) = upgraded.downcast::<TokioIo<TcpStream>>() else { return Ok(()) };
+        let Ok(upgraded) = upgrade.await else {
+            return Ok(());
+        };
+        let Ok(parts) = upgraded.downcast::<TokioIo<TcpStream>>() else {
+            return Ok(());
+        };
         let socket = parts.io.into_inner();
         let link = |streams| Link::new(socket, &parts.read_buf, protocol.wire, streams);
         let (sessions, limits) = (&shared.sessions, &shared.limits);

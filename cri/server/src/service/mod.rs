@@ -10,8 +10,11 @@ use std::sync::Arc;
 use coracle_engine::Engine;
 use coracle_image::{ImageStore, PullOptions};
 use coracle_network::Network;
+use coracle_stream::Server as StreamServer;
 use tokio::sync::watch;
 use tonic::Status;
+
+use crate::sessions::EngineSessions;
 
 pub(crate) use admin::AdminService;
 pub(crate) use image::Images;
@@ -26,6 +29,8 @@ pub(crate) struct Shared {
     pub(crate) images: Arc<ImageStore>,
     /// Pod networks.
     pub(crate) network: Arc<Network>,
+    /// What gives the URLs of sessions.
+    pub(crate) streams: Arc<StreamServer<EngineSessions>>,
     /// How pulls are done; a reload changes it.
     pub(crate) pulls: watch::Receiver<PullOptions>,
     /// The data root.

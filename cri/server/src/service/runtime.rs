@@ -2,6 +2,7 @@
 
 use coracle_proto::cri::runtime_service_server::RuntimeService;
 use coracle_proto::cri::{self as v1, RuntimeCondition, RuntimeHandler, RuntimeHandlerFeatures};
+use coracle_stream::{Refused, StreamRequest};
 use prost::Message as _;
 use tokio_stream::Empty;
 use tonic::{Request, Response, Status, async_trait};
@@ -314,6 +315,51 @@ impl RuntimeService for Runtime {
         Ok(Response::new(v1::ListContainerStatsResponse { stats }))
     }
 
+    async fn exec(&self, request: Request<v1::ExecRequest>) -> Answer<v1::ExecResponse> {
+        let request = request.into_inner();
+        if request.cmd.is_empty() {
+            return Err(Status::invalid_argument("cmd: is empty"));
+        }
+        let url = self.session_url(StreamRequest::Exec(coracle_stream::ExecRequest {
+            container: self.running(&request.container_id)?,
+            command: request.cmd,
+            tty: request.tty,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+        }))?;
+        Ok(Response::new(v1::ExecResponse { url }))
+    }
+
+    async fn attach(&self, request: Request<v1::AttachRequest>) -> Answer<v1::AttachResponse> {
+        let request = request.into_inner();
+        let url = self.session_url(StreamRequest::Attach(coracle_stream::AttachRequest {
+            container: self.running(&request.container_id)?,
+            tty: request.tty,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+        }))?;
+        Ok(Response::new(v1::AttachResponse { url }))
+    }
+
+    async fn port_forward(
+        &self,
+        request: Request<v1::PortForwardRequest>,
+    ) -> Answer<v1::PortForwardResponse> {
+        let request = request.into_inner();
+        let pod = self.0.engine.check_ready(&request.pod_sandbox_id);
+        let ports = request.port.into_iter().map(|port| {
+            let valid = u16::try_from(port).ok().filter(|port| *port != 0);
+            valid.ok_or_else(|| Status::invalid_argument(format!("port: {port} is none")))
+        });
+        let url = self.session_url(StreamRequest::PortForward(coracle_stream::PortForwardRequest {
+            pod: pod.map_err(|e| of_engine(&e))?,
+            ports: ports.collect::<Result<_, _>>()?,
+        }))?;
+        Ok(Response::new(v1::PortForwardResponse { url }))
+    }
+
     // What follows is not part of this release; a kubelet falls back where it can.
 
     async fn stream_pod_sandboxes(
@@ -335,18 +381,6 @@ impl RuntimeService for Runtime {
         _: Request<v1::UpdateContainerResourcesRequest>,
     ) -> Answer<v1::UpdateContainerResourcesResponse> {
         Err(not_done("UpdateContainerResources"))
-    }
-
-    async fn exec(&self, _: Request<v1::ExecRequest>) -> Answer<v1::ExecResponse> {
-        Err(not_done("Exec"))
-    }
-
-    async fn attach(&self, _: Request<v1::AttachRequest>) -> Answer<v1::AttachResponse> {
-        Err(not_done("Attach"))
-    }
-
-    async fn port_forward(&self, _: Request<v1::PortForwardRequest>) -> Answer<v1::PortForwardResponse> {
-        Err(not_done("PortForward"))
     }
 
     async fn stream_container_stats(
@@ -417,6 +451,21 @@ impl RuntimeService for Runtime {
         _: Request<v1::UpdatePodSandboxResourcesRequest>,
     ) -> Answer<v1::UpdatePodSandboxResourcesResponse> {
         Err(not_done("UpdatePodSandboxResources"))
+    }
+}
+
+impl Runtime {
+    /// The full id of a container that runs.
+    fn running(&self, id: &str) -> Result<String, Status> {
+        self.0.engine.check_running(id).map_err(|e| of_engine(&e))
+    }
+
+    fn session_url(&self, request: StreamRequest) -> Result<String, Status> {
+        self.0.streams.url(request).map_err(|refused| match refused {
+            Refused::Invalid(_) => Status::invalid_argument(refused.to_string()),
+            Refused::TooMany(_) => Status::resource_exhausted(refused.to_string()),
+            Refused::Random(_) => Status::unknown(refused.to_string()),
+        })
     }
 }
 

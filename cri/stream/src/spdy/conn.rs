@@ -171,10 +171,7 @@ impl Connection {
             kind::RST_STREAM => {
                 let fixed = body.first_chunk::<8>().ok_or(wrong)?;
                 let stream = stream_of(kind, fixed)?;
-                Ok(self
-                    .streams
-                    .remove(&stream)
-                    .map(|_| Event::Reset { stream }))
+                Ok(self.streams.remove(&stream).map(|_| Event::Reset { stream }))
             }
             kind::PING => {
                 let number = u32::from_be_bytes(*body.first_chunk::<4>().ok_or(wrong)?);
