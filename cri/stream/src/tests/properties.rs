@@ -101,7 +101,7 @@ fn cut<'a>(bytes: &'a [u8], at: &[prop::sample::Index]) -> Vec<&'a [u8]> {
 }
 
 fn frames() -> impl Strategy<Value = Vec<(u8, u8, Vec<u8>)>> {
-    let frame = (any::<u8>(), 0u8..40, prop::collection::vec(any::<u8>(), 0..300));
+    let frame = (any::<u8>(), 1u8..40, prop::collection::vec(any::<u8>(), 0..300));
     prop::collection::vec(frame, 0..30)
 }
 
