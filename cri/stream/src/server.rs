@@ -29,6 +29,9 @@ use crate::{Limits, Sessions, StreamRequest, portforward};
 const MOST_HEAD: usize = 32 << 10;
 /// Most headers of a request.
 const MOST_HEADERS: usize = 100;
+/// How often, and how many times in vain, a silent peer is asked whether it is still there.
+const KEEPALIVE: Duration = Duration::from_secs(20);
+const KEEPALIVE_COUNT: u32 = 3;
 /// How long accepting waits when the process is out of descriptors: nothing tells when there are some again.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -142,8 +145,11 @@ impl<S: Sessions> Server<S> {
 
 /// Serves one connection: a request, and if that is accepted, the session.
 async fn connection<S: Sessions>(shared: Arc<Shared<S>>, socket: TcpStream, mut pending: Pending<S>) {
-    // a keystroke is not worth waiting for the next one
+    // a keystroke is not to wait for the next one
     let _ = socket.set_nodelay(true);
+    // A peer may die with so much on its way to us that its end comes only when we read on, which a process that takes
+    // no input may prevent for ever. This finds out.
+    let _ = coracle_kernel::tcp::set_keepalive(&socket, KEEPALIVE, KEEPALIVE_COUNT);
     let accepted = Mutex::new(None);
     let service = service_fn(|request| {
         let answer = match accept(&shared, request) {

@@ -104,9 +104,14 @@ impl Writer {
                 Send::Reset(..) | Send::Finish(_) => {}
                 Send::Frame(frame) => self.frame(frame).await?,
                 Send::Control(frame) => self.write(&frame).await?,
-                Send::End => break,
+                Send::End => return self.farewell().await,
             }
         }
+        // nobody is left, and nobody has said that it went well
+        self.socket.shutdown().await
+    }
+
+    async fn farewell(mut self) -> io::Result<()> {
         if self.wire.has_streams() {
             self.frame(spdy::goaway(self.accepted)).await?;
         }

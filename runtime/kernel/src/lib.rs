@@ -36,6 +36,7 @@ pub mod scm;
 pub mod seccomp;
 pub mod signal;
 pub mod syscall;
+pub mod tcp;
 pub mod time;
 pub mod tty;
 pub mod wait;

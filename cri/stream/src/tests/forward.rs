@@ -1,0 +1,254 @@
+//! Port-forward, in its three forms.
+
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::client::{Frame, Socket, Spdy, data};
+use super::fake::Fixture;
+use crate::Limits;
+
+const PROTOCOL: &str = "portforward.k8s.io";
+
+/// A listener whose connections are given to a function.
+async fn listen<F, R>(serve: F) -> u16
+where
+    F: Fn(TcpStream) -> R + Send + 'static,
+    R: Future<Output = ()> + Send + 'static,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            tokio::spawn(serve(socket));
+        }
+    });
+    port
+}
+
+async fn echo(mut socket: TcpStream) {
+    let (mut read, mut write) = socket.split();
+    let _ = tokio::io::copy(&mut read, &mut write).await;
+    let _ = write.shutdown().await;
+}
+
+/// Opens the pair of one connection: (error, data).
+async fn pair(client: &mut Spdy, port: u16, id: u32) -> (u32, u32) {
+    let (port, id) = (port.to_string(), id.to_string());
+    let headers = |kind| [("streamtype", kind), ("port", port.as_str()), ("requestid", id.as_str())];
+    let error = client.open(&headers("error")).await;
+    client.data(error, b"", true).await;
+    (error, client.open(&headers("data")).await)
+}
+
+/// Reads frames until these streams are over; the data of each.
+async fn until_over(client: &mut Spdy, streams: &[u32]) -> Vec<Vec<u8>> {
+    let mut got = vec![Vec::new(); streams.len()];
+    let mut over = vec![false; streams.len()];
+    while over.contains(&false) {
+        let (stream, bytes, last) = match client.read().await.unwrap() {
+            Frame::Data(stream, bytes, last) => (stream, bytes, last),
+            Frame::Reset(stream) => (stream, Vec::new(), true),
+            _ => continue,
+        };
+        let at = streams.iter().position(|s| *s == stream).unwrap();
+        got[at].extend(bytes);
+        over[at] |= last;
+    }
+    got
+}
+
+#[tokio::test]
+async fn connections_are_pairs_and_each_side_closes_its_own() {
+    let fixture = Fixture::start().await;
+    let port = listen(echo).await;
+    let mut client = Spdy::connect(&fixture.forward(&[]), PROTOCOL).await;
+    // answers after the client's end: half-close
+    let (first_error, first) = pair(&mut client, port, 0).await;
+    let (second_error, second) = pair(&mut client, port, 1).await;
+    client.data(second, b"two", false).await;
+    client.data(first, b"one", true).await;
+    client.data(second, b" and more", true).await;
+    let got = until_over(&mut client, &[first, first_error, second, second_error]).await;
+    assert_eq!(got, [&b"one"[..], b"", b"two and more", b""]);
+}
+
+#[tokio::test]
+async fn a_target_that_closes_first_is_told_and_the_session_goes_on() {
+    let fixture = Fixture::start().await;
+    let port = listen(|mut socket| async move {
+        let _ = socket.write_all(b"bye").await;
+    })
+    .await;
+    let mut client = Spdy::connect(&fixture.forward(&[port]), PROTOCOL).await;
+    for id in 0..3 {
+        let (error, stream) = pair(&mut client, port, id).await;
+        assert_eq!(until_over(&mut client, &[stream]).await, [b"bye"]);
+        // as Go's client does once it has read everything
+        let reset = [stream.to_be_bytes(), 5u32.to_be_bytes()].concat();
+        client.send(&super::client::control(3, 0, &reset)).await;
+        assert_eq!(until_over(&mut client, &[error]).await, [b""]);
+    }
+}
+
+#[tokio::test]
+async fn a_refused_port_is_an_error_text_and_not_the_end() {
+    let fixture = Fixture::start().await;
+    let free = {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        listener.local_addr().unwrap().port()
+    };
+    let good = listen(echo).await;
+    let mut client = Spdy::connect(&fixture.forward(&[free, good]), PROTOCOL).await;
+    let (error, stream) = pair(&mut client, free, 0).await;
+    let got = until_over(&mut client, &[error, stream]).await;
+    let text = String::from_utf8(got[0].clone()).unwrap();
+    assert!(text.starts_with(&format!("error forwarding port {free} to pod pod: connect")), "{text}");
+    assert!(text.contains("refused"), "{text}");
+    let (error, stream) = pair(&mut client, 1, 1).await;
+    let got = until_over(&mut client, &[error, stream]).await;
+    assert!(String::from_utf8_lossy(&got[0]).contains("not one of the request's"));
+    let (error, stream) = pair(&mut client, good, 2).await;
+    client.data(stream, b"still", true).await;
+    assert_eq!(until_over(&mut client, &[error, stream]).await[1], b"still");
+}
+
+#[tokio::test]
+async fn streams_that_make_no_pair_are_refused_or_expire() {
+    let fixture = Fixture::with(Limits {
+        handshake: Duration::from_millis(300),
+        ..Limits::default()
+    })
+    .await;
+    let mut client = Spdy::connect(&fixture.forward(&[]), PROTOCOL).await;
+    for headers in [
+        &[("streamtype", "data")][..],
+        &[("streamtype", "data"), ("port", "0")],
+        &[("streamtype", "data"), ("port", "70000")],
+        &[("streamtype", "stdin"), ("port", "80")],
+    ] {
+        let (stream, frame) = client.syn(headers, 0);
+        client.send(&frame).await;
+        assert_eq!(client.read().await, Some(Frame::Reset(stream)));
+    }
+    let error = client.open(&[("streamtype", "error"), ("port", "80"), ("requestid", "5")]).await;
+    let twice = client.syn(&[("streamtype", "error"), ("port", "80"), ("requestid", "5")], 0);
+    client.send(&twice.1).await;
+    assert_eq!(client.read().await, Some(Frame::Reset(twice.0)));
+    let got = until_over(&mut client, &[error]).await;
+    assert_eq!(got[0], b"timed out waiting for the data stream of request 5");
+    // the session is still there; and old clients give no request id
+    let port = listen(echo).await.to_string();
+    let error = client.open(&[("streamtype", "error"), ("port", &port)]).await;
+    let stream = client.open(&[("streamtype", "data"), ("port", &port)]).await;
+    client.data(stream, b"old", true).await;
+    assert_eq!(until_over(&mut client, &[stream, error]).await[0], b"old");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_connections_at_once() {
+    let fixture = Fixture::start().await;
+    let port = listen(echo).await;
+    let mut client = Spdy::connect(&fixture.forward(&[]), PROTOCOL).await;
+    let mut streams = Vec::new();
+    for id in 0..100 {
+        streams.push(pair(&mut client, port, id).await.1);
+    }
+    for (at, stream) in streams.iter().enumerate() {
+        client.data(*stream, &vec![u8::try_from(at).unwrap(); 10_000], true).await;
+    }
+    let mut got = vec![0; 100];
+    while got.iter().any(|n| *n < 10_000) {
+        if let Frame::Data(stream, bytes, _) = client.read().await.unwrap()
+            && let Some(at) = streams.iter().position(|s| *s == stream)
+        {
+            assert!(bytes.iter().all(|byte| usize::from(*byte) == at));
+            got[at] += bytes.len();
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_target_that_does_not_read_stops_the_client_and_not_the_memory() {
+    let fixture = Fixture::start().await;
+    let port = listen(|socket| async move {
+        std::future::pending::<()>().await;
+        drop(socket);
+    })
+    .await;
+    let mut client = Spdy::connect(&fixture.forward(&[]), PROTOCOL).await;
+    let (_, stream) = pair(&mut client, port, 0).await;
+    let chunk = vec![0; 1 << 20];
+    let mut sent = 0;
+    while tokio::time::timeout(Duration::from_millis(500), client.data(stream, &chunk, false)).await.is_ok() {
+        sent += 1;
+        assert!(sent < 60, "{sent} MiB and no end");
+    }
+    // others are not served now, but the end of the client is seen
+    drop(client);
+    let dialled = || fixture.local.dialled.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(dialled(), 1);
+}
+
+#[tokio::test]
+async fn channels_begin_with_their_port() {
+    let fixture = Fixture::start().await;
+    let (port, other) = (listen(echo).await, listen(echo).await);
+    let mut client = Socket::connect(&fixture.forward(&[port, other]), "v4.channel.k8s.io").await;
+    for (channel, port) in [(0, port), (1, port), (2, other), (3, other)] {
+        let expected = [&[channel][..], &port.to_le_bytes()].concat();
+        assert_eq!(client.read().await, Some((2, expected)));
+    }
+    client.send(2, b"\x02two").await;
+    assert_eq!(client.read().await, Some((2, b"\x02two".to_vec())));
+    client.send(2, b"\x00one").await;
+    assert_eq!(client.read().await, Some((2, b"\x00one".to_vec())));
+    client.send(8, &1000u16.to_be_bytes()).await;
+    assert_eq!(client.rest().await.1, Some(1000));
+}
+
+#[tokio::test]
+async fn channels_in_base64_end_with_their_last_connection() {
+    let fixture = Fixture::start().await;
+    let port = listen(|mut socket| async move {
+        let mut bytes = [0; 4];
+        let _ = socket.read_exact(&mut bytes).await;
+        let _ = socket.write_all(b"pong").await;
+    })
+    .await;
+    let mut client = Socket::connect(&fixture.forward(&[port]), "v4.base64.channel.k8s.io").await;
+    client.send(1, b"0cGluZw==").await;
+    let (channels, status) = client.rest().await;
+    assert!(channels[&b'0'].ends_with(b"cG9uZw=="), "{channels:?}");
+    assert_eq!(status, Some(1000));
+}
+
+#[tokio::test]
+async fn spdy_goes_through_a_websocket() {
+    let fixture = Fixture::start().await;
+    let port = listen(echo).await.to_string();
+    let mut socket = Socket::connect(&fixture.forward(&[]), "SPDY/3.1+portforward.k8s.io").await;
+    let mut frames = Spdy::over(TcpStream::connect(fixture.server.address()).await.unwrap());
+    let (error, first) = frames.syn(&[("streamtype", "error"), ("port", &port), ("requestid", "1")], 0);
+    let (stream, second) = frames.syn(&[("streamtype", "data"), ("port", &port), ("requestid", "1")], 0);
+    // cut where no frame ends
+    let all = [first, second, data(stream, b"through", true)].concat();
+    for part in all.chunks(7) {
+        socket.send(2, part).await;
+    }
+    let mut got = Vec::new();
+    let expected = [
+        data(stream, b"through", false),
+        data(stream, b"", true),
+        data(error, b"", true),
+    ]
+    .concat();
+    while !got.ends_with(&expected) {
+        let (opcode, payload) = socket.read().await.unwrap();
+        assert_eq!(opcode, 2);
+        got.extend(payload);
+    }
+    socket.send(9, b"still there?").await;
+    assert_eq!(socket.read().await, Some((10, b"still there?".to_vec())));
+}
