@@ -161,8 +161,8 @@ async fn connection<S: Sessions>(shared: Arc<Shared<S>>, socket: TcpStream, mut 
         };
         async { Ok::<_, Infallible>(answer) }
     });
+    // Not without keep-alive: that says "close" beside "Upgrade", and clients then see no upgrade. Refusals close.
     let http = http1::Builder::new()
-        .keep_alive(false)
         .max_headers(MOST_HEADERS)
         .max_buf_size(MOST_HEAD)
         .timer(TokioTimer::new())
@@ -397,5 +397,8 @@ fn refuse(code: StatusCode, text: &str, headers: Option<HeaderMap>) -> Answer {
         header::CONTENT_TYPE,
         HeaderValue::from_static("text/plain; charset=utf-8"),
     );
+    answer
+        .headers_mut()
+        .insert(header::CONNECTION, HeaderValue::from_static("close"));
     answer
 }
