@@ -1,36 +1,34 @@
-//! Pod networks: pinned namespaces with loopback, and the built-in bridge.
+//! Pod networks: pinned namespaces with loopback, connected by the built-in bridge or by CNI plugins.
 //!
-//! A pod's network is a namespace pinned as `/run/netns/coracle-<instance>-<pod>`, a veth pair from it to the bridge
-//! `crc-<instance>`, an address out of the instance's subnet and a default route; packets that leave the subnet are
-//! masqueraded by the nf_tables table `coracle-<instance>`. All of it is made by netlink. Calls block; they are for
+//! A pod's network is a namespace pinned as `/run/netns/coracle-<instance>-<pod>` and what the wiring puts into it.
+//! [`Network`] is the one face of both wirings; `bridge` and `cni` say what each does. Calls block; they are for
 //! threads that may.
 //!
-//! The bridge and the table come with the first pod and go with the last one, so an instance without pods leaves
-//! nothing on the host. No sysctl of the host is changed but those of the bridge itself: where the host does not
-//! forward, [`Network::status`] says so, with the cure.
-//!
-//! What is written down comes before what is done: an address is in the [`AddressBook`] before anything has it, and
-//! leaves it after everything that had it is gone. So [`Network::sweep`] finds whatever a crash left behind.
+//! What is written down comes before what is done: a pod's [`Row`] is in the [`Book`] before anything of its network
+//! exists, and leaves it after everything is gone. The row says who wired the pod, so that it is taken down by the
+//! same, whatever the configuration says by then. So [`Network::sweep`] finds whatever a crash left behind.
 
 mod bridge;
-mod nat;
+mod cni;
 mod netns;
-mod pool;
+mod rows;
 mod rtnl;
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use coracle_kernel::procfs::Procfs;
+use coracle_kernel::{Errno, Error as KernelError};
 use serde::{Deserialize, Serialize};
 
-use crate::netns::Pins;
-use crate::pool::Pool;
-pub use crate::pool::Subnet;
-use crate::rtnl::Rtnl;
+use crate::bridge::BridgeNetwork;
+pub use crate::bridge::pool::Subnet;
+pub use crate::cni::{CniConfig, CniRecord};
+use crate::netns::{Fresh, Pins};
+use crate::rows::Rows;
+pub use crate::rows::{Book, BookError, BridgeLease, Row, Wiring};
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -65,11 +63,11 @@ pub enum Error {
         /// The route that is there.
         route: Subnet,
     },
-    /// Pods can have no network of their own.
+    /// Pods can have no network of their own now.
     #[error("no pod network: {0}")]
-    HostOnly(&'static str),
-    /// The address book failed.
-    #[error("{step} the address of pod {pod}")]
+    NotReady(String),
+    /// The book of networks failed.
+    #[error("{step} the network of pod {pod}")]
     Book {
         /// What was being done, a verb.
         step: &'static str,
@@ -86,30 +84,8 @@ pub enum Error {
         step: String,
         /// The refusal.
         #[source]
-        source: coracle_kernel::Error,
+        source: KernelError,
     },
-}
-
-/// Failure of an [`AddressBook`].
-pub type BookError = Box<dyn std::error::Error + Send + Sync>;
-
-/// Where addresses are kept over restarts of the daemon. `save` and `delete` return when the change is durable.
-pub trait AddressBook: Send + Sync {
-    /// All rows.
-    fn load(&self) -> Result<Vec<Row>, BookError>;
-    /// Keeps a row.
-    fn save(&self, row: &Row) -> Result<(), BookError>;
-    /// Forgets the row of a pod; none there is no error.
-    fn delete(&self, pod: &str) -> Result<(), BookError>;
-}
-
-/// An address that a pod has.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Row {
-    /// The pod's id.
-    pub pod: String,
-    /// Its address.
-    pub address: Ipv4Addr,
 }
 
 /// How pods are connected.
@@ -117,8 +93,8 @@ pub struct Row {
 pub enum Mode {
     /// The built-in bridge.
     Bridge(Bridge),
-    /// Not at all: pods on the host's network are all there can be, for this reason.
-    HostOnly(&'static str),
+    /// CNI plugins.
+    Cni(CniConfig),
 }
 
 /// Settings of the built-in bridge.
@@ -137,6 +113,63 @@ pub struct Bridge {
 pub struct AttachOptions {
     /// `net.*` sysctls of the pod's namespace; they override [`default_sysctls`].
     pub sysctls: BTreeMap<String, String>,
+    /// Who the pod is in Kubernetes.
+    pub identity: PodIdentity,
+    /// The pod's annotations.
+    pub annotations: BTreeMap<String, String>,
+    /// Resolver settings, where the request has them.
+    pub dns: Option<Dns>,
+    /// Ports of the host that lead to the pod.
+    pub port_mappings: Vec<PortMapping>,
+    /// The pod's cgroup, where the request names it.
+    pub cgroup_parent: Option<String>,
+}
+
+/// Who a pod is in Kubernetes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodIdentity {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its uid.
+    pub uid: String,
+}
+
+/// Resolver settings of a pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dns {
+    /// Addresses of name servers.
+    pub servers: Vec<String>,
+    /// Search domains.
+    pub searches: Vec<String>,
+    /// Options of resolv.conf(5).
+    pub options: Vec<String>,
+}
+
+/// A port of the host that leads to one of the pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortMapping {
+    /// The protocol of both.
+    pub protocol: Protocol,
+    /// The pod's port.
+    pub container_port: u16,
+    /// The host's port, never 0.
+    pub host_port: u16,
+    /// The host's address; every one of them where not given.
+    pub host_ip: Option<IpAddr>,
+}
+
+/// A protocol with ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
 }
 
 /// A pod's network.
@@ -148,6 +181,8 @@ pub struct Attachment {
     pub namespace: OwnedFd,
     /// The pod's addresses, the primary one first.
     pub ips: Vec<IpAddr>,
+    /// What the plugins answered, for people who look at a pod.
+    pub result: Option<serde_json::Value>,
 }
 
 /// Something that an operator should know, with the cure.
@@ -163,28 +198,17 @@ pub struct Finding {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
     /// Why no pod can have a network; none if they can.
-    pub not_ready: Option<&'static str>,
+    pub not_ready: Option<String>,
     /// What limits them.
     pub findings: Vec<Finding>,
 }
 
 /// Pod networks of one instance. Calls for different pods may run at the same time.
 pub struct Network {
-    instance: String,
     mode: Mode,
     pins: Pins,
-    book: Arc<dyn AddressBook>,
-    pool: Mutex<Pool>,
-    /// Held while the bridge and its table come or go.
-    bridge: Mutex<BridgeState>,
-    /// Why packets are not masqueraded though they should be: apart, so that a status waits for no netlink.
-    no_masquerade: Mutex<Option<String>>,
-}
-
-#[derive(Debug, Default)]
-struct BridgeState {
-    /// It was made, or looked over, in this life of the daemon.
-    ready: bool,
+    rows: Arc<Rows>,
+    bridge: BridgeNetwork,
 }
 
 /// What every pod's namespace gets unless told otherwise: ports below 1024 and ping without capabilities.
@@ -199,34 +223,18 @@ pub fn default_sysctls() -> BTreeMap<String, String> {
 }
 
 impl Network {
-    /// Pod networks of `instance` (eight hex digits), with the addresses that pods had before. Touches nothing.
-    pub fn new(instance: &str, mode: Mode, book: Arc<dyn AddressBook>) -> Result<Network> {
-        Network::with_pins(instance, mode, book, Pins::new("/run/netns", instance))
-    }
-
-    fn with_pins(instance: &str, mode: Mode, book: Arc<dyn AddressBook>, pins: Pins) -> Result<Network> {
+    /// Pod networks of `instance` (eight hex digits), with what pods had before. Touches nothing.
+    pub fn new(instance: &str, mode: Mode, book: Arc<dyn Book>) -> Result<Network> {
         if instance.is_empty() || instance.len() > 8 || !instance.bytes().all(|byte| byte.is_ascii_hexdigit())
         {
             return Err(Error::Name(instance.to_owned()));
         }
-        let mut pool = Pool::default();
-        let load = |source| Error::Book {
-            step: "load",
-            pod: "any".to_owned(),
-            source,
-        };
-        for row in book.load().map_err(load)? {
-            pool.insert(row.pod, row.address);
-        }
-        let (pool, bridge) = (Mutex::new(pool), Mutex::default());
+        let rows = Arc::new(Rows::load(book)?);
         Ok(Network {
-            instance: instance.to_owned(),
+            pins: Pins::new("/run/netns", instance),
+            bridge: BridgeNetwork::new(instance, rows.clone()),
+            rows,
             mode,
-            pins,
-            book,
-            pool,
-            bridge,
-            no_masquerade: Mutex::default(),
         })
     }
 
@@ -235,21 +243,20 @@ impl Network {
     pub fn mode(&self) -> &'static str {
         match self.mode {
             Mode::Bridge(_) => "bridge",
-            Mode::HostOnly(_) => "host-only",
+            Mode::Cni(_) => "cni",
         }
     }
 
-    /// Gives a pod its network. Whatever an earlier try left for this pod is removed first; its address stays the
-    /// same if it had one. After a failure nothing is left.
+    /// Gives a pod its network. Whatever an earlier try left for this pod is removed first; on the bridge its address
+    /// stays the same if it had one. After a failure nothing is left.
     pub fn attach(&self, pod: &str, options: &AttachOptions) -> Result<Attachment> {
         check_pod(pod)?;
-        let bridge = match &self.mode {
-            Mode::Bridge(bridge) => bridge,
-            Mode::HostOnly(why) => return Err(Error::HostOnly(why)),
-        };
+        let sysctls = pod_sysctls(options)?;
         self.take_down(pod)?;
-        let address = self.address_for(pod, bridge.subnet)?;
-        let attached = self.bring_up(pod, bridge, address, options);
+        let attached = match &self.mode {
+            Mode::Bridge(bridge) => self.attach_to_bridge(pod, bridge, &sysctls, options),
+            Mode::Cni(_) => Err(Error::NotReady("CNI is not there yet".to_owned())),
+        };
         if attached.is_err()
             && let Err(error) = self.detach(pod)
         {
@@ -266,157 +273,112 @@ impl Network {
     pub fn detach(&self, pod: &str) -> Result<()> {
         check_pod(pod)?;
         self.take_down(pod)?;
-        if lock(&self.pool).contains(pod) {
-            let forget = |source| Error::Book {
-                step: "forget",
-                pod: pod.to_owned(),
-                source,
-            };
-            self.book.delete(pod).map_err(forget)?;
-            lock(&self.pool).remove(pod);
-        }
-        self.remove_unused_bridge()
+        self.rows.forget(pod)?;
+        self.bridge.release(pod)
     }
 
-    /// The network that a pod has, after a restart of the daemon; none if its namespace is not pinned or its address
-    /// not known.
+    /// The network that a pod has, after a restart of the daemon; none if its namespace is not pinned or its row not
+    /// known.
     pub fn attachment(&self, pod: &str) -> Result<Option<Attachment>> {
         check_pod(pod)?;
-        let Some(address) = lock(&self.pool).get(pod) else {
+        let Some(wiring) = self.rows.get(pod) else {
             return Ok(None);
         };
         let Some(namespace) = self.pins.open(pod)? else {
             return Ok(None);
         };
+        let (ips, result) = match wiring {
+            Wiring::Bridge(lease) => (lease.ips(), None),
+            Wiring::Cni(_) => (Vec::new(), None),
+        };
         Ok(Some(Attachment {
             netns: self.pins.path(pod),
             namespace,
-            ips: vec![IpAddr::V4(address)],
+            ips,
+            result,
         }))
     }
 
-    /// Removes what this instance made for pods that are not alive: namespaces, pairs, addresses, and without any pod
-    /// the bridge and its table. How many pods' things were removed.
+    /// Removes what this instance made for pods that are not alive: namespaces, rows and what their wirings made. How
+    /// many pods' things were removed.
     pub fn sweep(&self, alive: impl Fn(&str) -> bool) -> Result<usize> {
         let mut dead: Vec<String> = self.pins.list()?;
-        dead.extend(lock(&self.pool).pods());
+        dead.extend(self.rows.pods());
         dead.retain(|pod| !alive(pod));
         dead.sort_unstable();
         dead.dedup();
         for pod in &dead {
             self.detach(pod)?;
         }
-        // Pairs whose namespace is unpinned but kept alive by a process, and of which no record tells.
-        let mut pairs = 0;
-        let mut rtnl = self.rtnl()?;
-        let known: Vec<String> = lock(&self.pool).pods().map(|pod| self.pair_name(&pod)).collect();
-        if let Some(index) = rtnl
-            .link_index(&self.bridge_name())
-            .map_err(step("look for the bridge"))?
-        {
-            for port in rtnl.ports(index).map_err(step("list the bridge's ports"))? {
-                if port.starts_with(bridge::PAIR_PREFIX) && !known.contains(&port) {
-                    rtnl.delete_link(&port).map_err(step("remove a left-over pair"))?;
-                    pairs += 1;
-                }
-            }
-        }
-        self.remove_unused_bridge()?;
-        Ok(dead.len() + pairs)
+        Ok(dead.len() + self.bridge.sweep()?)
     }
 
     /// Whether pods can have networks, and what limits them.
     #[must_use]
     pub fn status(&self) -> Status {
-        let bridge = match &self.mode {
-            Mode::Bridge(bridge) => bridge,
-            Mode::HostOnly(why) => {
-                return Status {
-                    not_ready: Some(why),
-                    findings: Vec::new(),
-                };
-            }
-        };
-        let mut findings = Vec::new();
-        let forwards = Procfs::visible().and_then(|proc| proc.read_sysctl("net.ipv4.ip_forward"));
-        if forwards.is_ok_and(|value| value == "0") {
-            findings.push(Finding {
-                what: "net.ipv4.ip_forward is 0: pods reach this host and each other, and nothing else"
-                    .to_owned(),
-                cure: "sysctl -w net.ipv4.ip_forward=1, and a file in /etc/sysctl.d for the next boot"
-                    .to_owned(),
-            });
-        }
-        if let Some(why) = &*lock(&self.no_masquerade) {
-            findings.push(Finding {
-                what: format!("packets of pods keep their own address outside of this host: {why}"),
-                cure: "a kernel with nf_tables and its nat and masq expressions, or a route back to the pods' subnet"
-                    .to_owned(),
-            });
-        }
-        let strangers = lock(&self.pool).outside(bridge.subnet);
-        if strangers > 0 {
-            findings.push(Finding {
-                what: format!("{strangers} pods have addresses outside of {}", bridge.subnet),
-                cure: "recreate them: they were made with another [network] subnet".to_owned(),
-            });
-        }
-        Status {
-            not_ready: None,
-            findings,
+        match &self.mode {
+            Mode::Bridge(bridge) => self.bridge.status(bridge),
+            Mode::Cni(_) => Status {
+                not_ready: Some("CNI is not there yet".to_owned()),
+                findings: Vec::new(),
+            },
         }
     }
 
-    /// The pod's address: the one it had, or a free one that is written down before it is used.
-    fn address_for(&self, pod: &str, subnet: Subnet) -> Result<Ipv4Addr> {
-        let address = {
-            let mut pool = lock(&self.pool);
-            if let Some(address) = pool.get(pod).filter(|address| subnet.contains(*address)) {
-                return Ok(address);
-            }
-            pool.take(pod, subnet)?
-        };
-        // Outside of the lock: other pods' rows go to the disk at the same time.
-        let row = Row {
-            pod: pod.to_owned(),
-            address,
-        };
-        if let Err(source) = self.book.save(&row) {
-            lock(&self.pool).remove(pod);
-            return Err(Error::Book {
-                step: "save",
-                pod: pod.to_owned(),
+    fn attach_to_bridge(
+        &self,
+        pod: &str,
+        bridge: &Bridge,
+        sysctls: &BTreeMap<String, String>,
+        options: &AttachOptions,
+    ) -> Result<Attachment> {
+        let lease = self.bridge.reserve(pod, bridge, options)?;
+        let mut fresh = self.make_namespace(pod, sysctls)?;
+        self.bridge.connect(pod, bridge, &lease, &mut fresh)?;
+        Ok(Attachment {
+            netns: self.pins.path(pod),
+            namespace: fresh.namespace,
+            ips: lease.ips(),
+            result: None,
+        })
+    }
+
+    /// The pod's namespace with nothing but its loopback in it.
+    fn make_namespace(&self, pod: &str, sysctls: &BTreeMap<String, String>) -> Result<Fresh> {
+        let mut fresh = self.pins.make(pod, sysctls)?;
+        fresh
+            .rtnl
+            .loopback_up()
+            .map_err(step("bring the pod's loopback up"))?;
+        Ok(fresh)
+    }
+
+    /// Removes what connects the pod, by its row's wiring, and its namespace; the row stays.
+    fn take_down(&self, pod: &str) -> Result<()> {
+        match self.rows.get(pod) {
+            // A pair may be there whose row is lost.
+            Some(Wiring::Bridge(_)) | None => self.bridge.disconnect(pod)?,
+            Some(Wiring::Cni(_)) => {}
+        }
+        self.pins.remove(pod)
+    }
+}
+
+/// The sysctls of a pod's namespace.
+fn pod_sysctls(options: &AttachOptions) -> Result<BTreeMap<String, String>> {
+    let mut sysctls = default_sysctls();
+    for (name, value) in &options.sysctls {
+        // Only these are the namespace's; any other one would change the host.
+        if !name.starts_with("net.") && !name.starts_with("net/") {
+            let source = KernelError::new("sysctl", format!("{name:?}"), Errno::EINVAL);
+            return Err(Error::Step {
+                step: "set a sysctl of the pod's network".to_owned(),
                 source,
             });
         }
-        Ok(address)
+        sysctls.insert(name.replace('/', "."), value.clone());
     }
-
-    /// Removes the namespace and the pair.
-    fn take_down(&self, pod: &str) -> Result<()> {
-        // The pair goes with its namespace, but some time later: removed by name it is gone at once.
-        let pair = self.pair_name(pod);
-        self.rtnl()?
-            .delete_link(&pair)
-            .map_err(step("remove the pod's pair"))?;
-        self.pins.remove(pod)
-    }
-
-    fn rtnl(&self) -> Result<Rtnl> {
-        Rtnl::open().map_err(step("open a route socket"))
-    }
-
-    fn bridge_name(&self) -> String {
-        format!("crc-{}", self.instance)
-    }
-
-    fn pair_name(&self, pod: &str) -> String {
-        bridge::pair_name(&self.instance, pod)
-    }
-
-    fn table_name(&self) -> String {
-        format!("coracle-{}", self.instance)
-    }
+    Ok(sysctls)
 }
 
 /// A pod id becomes part of a file name.
@@ -428,7 +390,7 @@ fn check_pod(pod: &str) -> Result<()> {
     Ok(())
 }
 
-fn step(step: impl Into<String>) -> impl FnOnce(coracle_kernel::Error) -> Error {
+fn step(step: impl Into<String>) -> impl FnOnce(KernelError) -> Error {
     let step = step.into();
     move |source| Error::Step { step, source }
 }

@@ -7,27 +7,28 @@ use std::time::{Duration, Instant};
 use coracle_kernel::mount_attr::Propagation;
 use coracle_kernel::mount_old::{self, Flags};
 use coracle_kernel::namespace::{self, Kind, Kinds};
-use coracle_kernel::{Errno, seccomp, syscall};
+use coracle_kernel::procfs::Procfs;
+use coracle_kernel::{seccomp, syscall};
 
 use super::*;
 use crate::netns::inside;
-use crate::rtnl::Pair;
+use crate::rtnl::{Pair, Rtnl};
 
 pub(crate) const INSTANCE: &str = "0a1b2c3d";
 
 #[derive(Default)]
 pub(crate) struct Book {
-    rows: Mutex<BTreeMap<String, Ipv4Addr>>,
+    pub(crate) rows: Mutex<BTreeMap<String, Wiring>>,
     fails: Mutex<bool>,
 }
 
-impl AddressBook for Book {
+impl super::Book for Book {
     fn load(&self) -> Result<Vec<Row>, BookError> {
         Ok(lock(&self.rows)
             .iter()
-            .map(|(pod, address)| Row {
+            .map(|(pod, wiring)| Row {
                 pod: pod.clone(),
-                address: *address,
+                wiring: wiring.clone(),
             })
             .collect())
     }
@@ -36,7 +37,7 @@ impl AddressBook for Book {
         if *lock(&self.fails) {
             return Err("the disk is full".into());
         }
-        lock(&self.rows).insert(row.pod.clone(), row.address);
+        lock(&self.rows).insert(row.pod.clone(), row.wiring.clone());
         Ok(())
     }
 
@@ -59,7 +60,7 @@ fn network(book: &Arc<Book>) -> Network {
 }
 
 fn network_on(book: &Arc<Book>, subnet: &str) -> Network {
-    let book: Arc<dyn AddressBook> = book.clone();
+    let book: Arc<dyn super::Book> = book.clone();
     Network::new(INSTANCE, Mode::Bridge(bridge(subnet)), book).unwrap()
 }
 
@@ -210,6 +211,7 @@ fn sysctls_of_the_pod_override_and_others_are_refused_without_a_trace() {
         let network = network(&book);
         let with = |name: &str, value: &str| AttachOptions {
             sysctls: BTreeMap::from([(name.to_owned(), value.to_owned())]),
+            ..AttachOptions::default()
         };
         let pod = network
             .attach("pod", &with("net/ipv4/ip_unprivileged_port_start", "1000"))
@@ -357,7 +359,12 @@ fn a_sweep_removes_what_no_living_pod_has_and_nothing_of_others() {
         attach(&first, "pair-left");
         first.pins.remove("pair-left").unwrap();
         lock(&book.rows).remove("pair-left");
-        lock(&book.rows).insert("row-alone".to_owned(), [10, 123, 0, 99].into());
+        let lease = BridgeLease {
+            address: [10, 123, 0, 99].into(),
+            v6: None,
+            ports: Vec::new(),
+        };
+        lock(&book.rows).insert("row-alone".to_owned(), Wiring::Bridge(lease));
         std::fs::write("/run/netns/coracle-0a1b2c3d-file-alone", "").unwrap();
         std::fs::write("/run/netns/coracle-ffffffff-other", "").unwrap();
         std::fs::write("/run/netns/cni-1", "").unwrap();
@@ -439,7 +446,7 @@ fn an_exhausted_pool_a_failing_book_and_a_taken_subnet_leave_nothing() {
 
         attach(&small, "pod");
         // Another instance with a subnet that contains the first one's.
-        let other_book: Arc<dyn AddressBook> = Arc::new(Book::default());
+        let other_book: Arc<dyn super::Book> = Arc::new(Book::default());
         let other = Network::new("ffffffff", Mode::Bridge(bridge("10.123.0.0/16")), other_book).unwrap();
         let text = other
             .attach("pod", &AttachOptions::default())
@@ -458,7 +465,7 @@ fn an_exhausted_pool_a_failing_book_and_a_taken_subnet_leave_nothing() {
 fn two_instances_and_many_pods_at_once_do_not_meet() {
     isolated(|| {
         let (one, two) = (Arc::new(Book::default()), Arc::new(Book::default()));
-        let second: Arc<dyn AddressBook> = two.clone();
+        let second: Arc<dyn super::Book> = two.clone();
         let first = network(&one);
         let second = Network::new("ffffffff", Mode::Bridge(bridge("10.124.0.0/24")), second).unwrap();
         std::thread::scope(|scope| {
@@ -476,4 +483,36 @@ fn two_instances_and_many_pods_at_once_do_not_meet() {
         });
         assert_eq!((links(), pins(), mounts_below_run_netns()), (vec![], vec![], 0));
     });
+}
+
+#[test]
+fn names_that_could_leave_their_place_are_refused() {
+    let book: Arc<dyn super::Book> = Arc::new(Book::default());
+    for instance in ["", "../x", "012345678", "xyz"] {
+        assert!(matches!(
+            Network::new(instance, Mode::Bridge(bridge("10.123.0.0/24")), book.clone()),
+            Err(Error::Name(_))
+        ));
+    }
+    let network = Network::new(INSTANCE, Mode::Bridge(bridge("10.123.0.0/24")), book).unwrap();
+    let long = "a".repeat(129);
+    for pod in [
+        "",
+        "..",
+        ".hidden",
+        "a/b",
+        "../../etc/passwd",
+        "a\0b",
+        "ä",
+        long.as_str(),
+    ] {
+        assert!(
+            matches!(
+                network.attach(pod, &AttachOptions::default()),
+                Err(Error::Name(_))
+            ),
+            "{pod:?}"
+        );
+        assert!(matches!(network.detach(pod), Err(Error::Name(_))), "{pod:?}");
+    }
 }

@@ -100,13 +100,19 @@ pub(crate) struct Network {
     pub(crate) subnet: String,
     /// MTU of the built-in bridge.
     pub(crate) mtu: u32,
+    /// Directory of CNI configurations; the first valid one by name is the network.
+    pub(crate) cni_conf_dir: PathBuf,
+    /// Where CNI plugins are looked for, in this order.
+    pub(crate) cni_bin_dirs: Vec<PathBuf>,
+    /// How long the plugins of one pod may take for one operation, all together.
+    pub(crate) cni_timeout_seconds: u32,
 }
 
 /// Who connects pods.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum NetworkMode {
-    /// CNI plugins: not part of this release, only host-network pods run.
+    /// CNI plugins.
     #[default]
     Cni,
     /// The built-in bridge.
@@ -156,6 +162,9 @@ impl Default for Network {
             mode: NetworkMode::default(),
             subnet: "10.244.0.0/16".into(),
             mtu: 1500,
+            cni_conf_dir: "/etc/cni/net.d".into(),
+            cni_bin_dirs: vec!["/opt/cni/bin".into()],
+            cni_timeout_seconds: 90,
         }
     }
 }
@@ -204,14 +213,29 @@ impl Config {
             self.network.mtu
         );
         ensure!(
+            (1..=3600).contains(&self.network.cni_timeout_seconds),
+            "[network] cni_timeout_seconds {} is not within 1 and 3600",
+            self.network.cni_timeout_seconds
+        );
+        ensure!(
+            !self.network.cni_bin_dirs.is_empty(),
+            "[network] cni_bin_dirs is empty"
+        );
+        ensure!(
             self.runtime.cgroup_driver != CgroupDriver::Systemd,
             "[runtime] cgroup_driver = \"systemd\" is not part of this release; use \"cgroupfs\", and the same in the kubelet"
         );
         ensure!(self.image.fetch_uid != 0, "[image] fetch_uid must not be root");
+        let bin_dirs = self.network.cni_bin_dirs.iter();
+        let bin_dirs = bin_dirs.map(|dir| ("[network] cni_bin_dirs", dir));
         for (key, path) in [
             ("[server] socket", &self.server.socket),
             ("[image] certs_dir", &self.image.certs_dir),
-        ] {
+            ("[network] cni_conf_dir", &self.network.cni_conf_dir),
+        ]
+        .into_iter()
+        .chain(bin_dirs)
+        {
             ensure!(
                 path.is_absolute(),
                 "{key} {} is not an absolute path",
@@ -428,6 +452,9 @@ mod tests {
             ("[network]\nsubnet = \"10.0.0.0/31\"\n", "subnet"),
             ("[network]\nmtu = 5\n", "mtu"),
             ("[network]\nmode = \"vlan\"\n", "mode"),
+            ("[network]\ncni_bin_dirs = []\n", "cni_bin_dirs"),
+            ("[network]\ncni_bin_dirs = [\"bin\"]\n", "cni_bin_dirs"),
+            ("[network]\ncni_timeout_seconds = 0\n", "cni_timeout_seconds"),
             ("[runtime]\ncgroup_driver = \"systemd\"\n", "cgroup_driver"),
             ("[image]\nfetch_uid = 0\n", "fetch_uid"),
             ("[server]\nsocket = \"run/x\"\n", "socket"),

@@ -10,7 +10,7 @@ use coracle_cgroup::Host;
 use coracle_engine::spec_gen::{Defaults, UnsetSeccomp};
 use coracle_engine::{Engine, EngineConfig, Parts};
 use coracle_image::{Digest, Home, ImageStore, PullOptions, StoreOptions, Workers};
-use coracle_network::{Bridge, Mode, Network, Subnet};
+use coracle_network::{Bridge, CniConfig, Mode, Network, Subnet};
 use coracle_proto::admin::admin_server::AdminServer;
 use coracle_proto::cri::image_service_server::ImageServiceServer;
 use coracle_proto::cri::runtime_service_server::RuntimeServiceServer;
@@ -23,7 +23,7 @@ use tonic::transport::Server;
 use tracing::{debug, error, info, warn};
 
 use crate::args::Serve;
-use crate::books::{AddressRows, ImageRows};
+use crate::books::{ImageRows, NetworkRows};
 use crate::config::{self, Config, MountApi, NetworkMode};
 use crate::notify::notify;
 use crate::service::{AdminService, Images, Runtime, Shared};
@@ -290,11 +290,13 @@ fn open_network(flags: &Serve, config: &Config, instance: &str, store: Store) ->
                 masquerade: true,
             })
         }
-        NetworkMode::Cni => {
-            Mode::HostOnly("CNI is not part of this release: set [network] mode = \"bridge\"")
-        }
+        NetworkMode::Cni => Mode::Cni(CniConfig {
+            conf_dir: config.network.cni_conf_dir.clone(),
+            bin_dirs: config.network.cni_bin_dirs.clone(),
+            timeout: Duration::from_secs(config.network.cni_timeout_seconds.into()),
+        }),
     };
-    Ok(Network::new(instance, mode, Arc::new(AddressRows(store)))?)
+    Ok(Network::new(instance, mode, Arc::new(NetworkRows(store)))?)
 }
 
 fn pull_options(config: &Config) -> PullOptions {

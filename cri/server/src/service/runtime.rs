@@ -41,7 +41,10 @@ impl RuntimeService for Runtime {
             condition("RuntimeReady", None),
             condition(
                 "NetworkReady",
-                network.not_ready.map(|why| ("NetworkPluginNotReady", why)),
+                network
+                    .not_ready
+                    .as_deref()
+                    .map(|why| ("NetworkPluginNotReady", why)),
             ),
         ];
         let mut info = std::collections::HashMap::new();
