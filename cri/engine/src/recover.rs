@@ -85,6 +85,7 @@ pub(crate) async fn recover(core: &Arc<Core>, report: &mut Report) -> Result<()>
     }
     sweep(core, report).await?;
     tokio::spawn(crate::stats::walk_layers(core.clone()));
+    crate::tend::start(core);
     Ok(())
 }
 

@@ -11,24 +11,31 @@
 mod bridge;
 mod cni;
 mod netns;
+mod retry;
 mod rows;
 mod rtnl;
+mod tend;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
-use coracle_kernel::{Errno, Error as KernelError};
+use coracle_kernel::Error as KernelError;
 use serde::{Deserialize, Serialize};
 
 use crate::bridge::BridgeNetwork;
 pub use crate::bridge::pool::Subnet;
-pub use crate::cni::{CniConfig, CniRecord};
-use crate::netns::{Fresh, Pins};
+use crate::cni::CniNetwork;
+pub use crate::cni::{CniConfig, CniError, CniRecord, ConfError, Watch};
+pub use crate::netns::default_sysctls;
+use crate::netns::{Fresh, Pins, pod_sysctls};
+use crate::retry::{Failures, Turns};
 use crate::rows::Rows;
 pub use crate::rows::{Book, BookError, BridgeLease, Row, Wiring};
+pub use crate::tend::Retried;
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -76,6 +83,17 @@ pub enum Error {
         /// The failure.
         #[source]
         source: BookError,
+    },
+    /// CNI failed.
+    #[error(transparent)]
+    Cni(#[from] CniError),
+    /// The pod could not be taken down a moment ago; it is tried again on its own.
+    #[error("the network of pod {pod} could not be taken down a moment ago: {why}")]
+    Pending {
+        /// The pod.
+        pod: String,
+        /// How it failed then.
+        why: String,
     },
     /// A step that the kernel refused.
     #[error("{step}")]
@@ -209,17 +227,9 @@ pub struct Network {
     pins: Pins,
     rows: Arc<Rows>,
     bridge: BridgeNetwork,
-}
-
-/// What every pod's namespace gets unless told otherwise: ports below 1024 and ping without capabilities.
-#[must_use]
-pub fn default_sysctls() -> BTreeMap<String, String> {
-    [
-        ("net.ipv4.ip_unprivileged_port_start", "0"),
-        ("net.ipv4.ping_group_range", "0 2147483647"),
-    ]
-    .map(|(name, value)| (name.to_owned(), value.to_owned()))
-    .into()
+    cni: CniNetwork,
+    turns: Turns,
+    failures: Failures,
 }
 
 impl Network {
@@ -230,7 +240,15 @@ impl Network {
             return Err(Error::Name(instance.to_owned()));
         }
         let rows = Arc::new(Rows::load(book)?);
+        let cni = match &mode {
+            Mode::Cni(config) => config.clone(),
+            // Pods of an earlier mode are taken down by their records.
+            Mode::Bridge(_) => CniConfig::default(),
+        };
         Ok(Network {
+            cni: CniNetwork::new(cni),
+            turns: Turns::default(),
+            failures: Failures::default(),
             pins: Pins::new("/run/netns", instance),
             bridge: BridgeNetwork::new(instance, rows.clone()),
             rows,
@@ -248,33 +266,48 @@ impl Network {
     }
 
     /// Gives a pod its network. Whatever an earlier try left for this pod is removed first; on the bridge its address
-    /// stays the same if it had one. After a failure nothing is left.
+    /// stays the same if it had one. After a failure nothing is left, or it is on its row and is tried again.
     pub fn attach(&self, pod: &str, options: &AttachOptions) -> Result<Attachment> {
         check_pod(pod)?;
         let sysctls = pod_sysctls(options)?;
+        let _turn = self.turns.take(pod);
         self.take_down(pod)?;
         let attached = match &self.mode {
             Mode::Bridge(bridge) => self.attach_to_bridge(pod, bridge, &sysctls, options),
-            Mode::Cni(_) => Err(Error::NotReady("CNI is not there yet".to_owned())),
+            Mode::Cni(_) => self.attach_by_cni(pod, &sysctls, options),
         };
         if attached.is_err()
-            && let Err(error) = self.detach(pod)
+            && let Err(error) = self.detach_now(pod)
         {
-            tracing::warn!(
-                pod,
-                error = &error as &dyn std::error::Error,
-                "undo of a failed attach"
-            );
+            tracing::warn!(pod, error = chain_text(&error), "undo of a failed attach");
         }
         attached
     }
 
-    /// Takes a pod's network away; what is not there, or only half, is no error.
+    /// Takes a pod's network away; what is not there, or only half, is no error. After a failure the row stays, and
+    /// [`Network::retry_due`] tries again.
     pub fn detach(&self, pod: &str) -> Result<()> {
         check_pod(pod)?;
-        self.take_down(pod)?;
-        self.rows.forget(pod)?;
-        self.bridge.release(pod)
+        let _turn = self.turns.take(pod);
+        // Only plugins hang.
+        if let Some(Wiring::Cni(_)) = self.rows.get(pod)
+            && let Some(why) = self.failures.recent(pod, Instant::now())
+        {
+            return Err(Error::Pending {
+                pod: pod.to_owned(),
+                why,
+            });
+        }
+        self.detach_now(pod)
+    }
+
+    /// What the plugins answered when they connected the pod.
+    #[must_use]
+    pub fn result(&self, pod: &str) -> Option<serde_json::Value> {
+        match self.rows.get(pod)? {
+            Wiring::Cni(record) => record.result,
+            Wiring::Bridge(_) => None,
+        }
     }
 
     /// The network that a pod has, after a restart of the daemon; none if its namespace is not pinned or its row not
@@ -289,7 +322,7 @@ impl Network {
         };
         let (ips, result) = match wiring {
             Wiring::Bridge(lease) => (lease.ips(), None),
-            Wiring::Cni(_) => (Vec::new(), None),
+            Wiring::Cni(record) => (record.ips(), record.result),
         };
         Ok(Some(Attachment {
             netns: self.pins.path(pod),
@@ -300,7 +333,7 @@ impl Network {
     }
 
     /// Removes what this instance made for pods that are not alive: namespaces, rows and what their wirings made. How
-    /// many pods' things were removed.
+    /// many pods' things were removed; those of CNI pods are only on their way, by [`Network::retry_due`].
     pub fn sweep(&self, alive: impl Fn(&str) -> bool) -> Result<usize> {
         let mut dead: Vec<String> = self.pins.list()?;
         dead.extend(self.rows.pods());
@@ -308,7 +341,11 @@ impl Network {
         dead.sort_unstable();
         dead.dedup();
         for pod in &dead {
-            self.detach(pod)?;
+            match self.rows.get(pod) {
+                // Plugins take their time, and the start of the daemon does not wait for them.
+                Some(Wiring::Cni(_)) => self.failures.schedule(pod, Instant::now()),
+                _ => self.detach(pod)?,
+            }
         }
         Ok(dead.len() + self.bridge.sweep()?)
     }
@@ -316,13 +353,20 @@ impl Network {
     /// Whether pods can have networks, and what limits them.
     #[must_use]
     pub fn status(&self) -> Status {
-        match &self.mode {
+        let mut status = match &self.mode {
             Mode::Bridge(bridge) => self.bridge.status(bridge),
-            Mode::Cni(_) => Status {
-                not_ready: Some("CNI is not there yet".to_owned()),
-                findings: Vec::new(),
-            },
+            Mode::Cni(_) => {
+                let (not_ready, findings) = self.cni.status();
+                Status { not_ready, findings }
+            }
+        };
+        for (pod, attempts, why) in self.failures.all() {
+            status.findings.push(Finding {
+                what: format!("the network of pod {pod} could not be taken down, {attempts} times: {why}"),
+                cure: "mend what fails: it is tried again until it succeeds".to_owned(),
+            });
         }
+        status
     }
 
     fn attach_to_bridge(
@@ -343,6 +387,39 @@ impl Network {
         })
     }
 
+    fn attach_by_cni(
+        &self,
+        pod: &str,
+        sysctls: &BTreeMap<String, String>,
+        options: &AttachOptions,
+    ) -> Result<Attachment> {
+        let mut record = self.cni.plan(pod, options)?;
+        self.rows.save(pod, Wiring::Cni(Box::new(record.clone())))?;
+        let fresh = self.make_namespace(pod, sysctls)?;
+        let netns = self.pins.path(pod);
+        record.result = Some(self.cni.add(pod, &record, &netns)?);
+        self.rows.save(pod, Wiring::Cni(Box::new(record.clone())))?;
+        Ok(Attachment {
+            netns,
+            namespace: fresh.namespace,
+            ips: record.ips(),
+            result: record.result,
+        })
+    }
+
+    /// Takes everything of a pod away, its row last.
+    fn detach_now(&self, pod: &str) -> Result<()> {
+        let detached = self
+            .take_down(pod)
+            .and_then(|()| self.rows.forget(pod))
+            .and_then(|()| self.bridge.release(pod));
+        match &detached {
+            Ok(()) => self.failures.forget(pod),
+            Err(error) => self.failures.failed(pod, Instant::now(), error),
+        }
+        detached
+    }
+
     /// The pod's namespace with nothing but its loopback in it.
     fn make_namespace(&self, pod: &str, sysctls: &BTreeMap<String, String>) -> Result<Fresh> {
         let mut fresh = self.pins.make(pod, sysctls)?;
@@ -358,27 +435,14 @@ impl Network {
         match self.rows.get(pod) {
             // A pair may be there whose row is lost.
             Some(Wiring::Bridge(_)) | None => self.bridge.disconnect(pod)?,
-            Some(Wiring::Cni(_)) => {}
+            Some(Wiring::Cni(record)) => {
+                // After a reboot there is none.
+                let netns = self.pins.open(pod)?.map(|_| self.pins.path(pod));
+                self.cni.delete(pod, &record, netns.as_deref())?;
+            }
         }
         self.pins.remove(pod)
     }
-}
-
-/// The sysctls of a pod's namespace.
-fn pod_sysctls(options: &AttachOptions) -> Result<BTreeMap<String, String>> {
-    let mut sysctls = default_sysctls();
-    for (name, value) in &options.sysctls {
-        // Only these are the namespace's; any other one would change the host.
-        if !name.starts_with("net.") && !name.starts_with("net/") {
-            let source = KernelError::new("sysctl", format!("{name:?}"), Errno::EINVAL);
-            return Err(Error::Step {
-                step: "set a sysctl of the pod's network".to_owned(),
-                source,
-            });
-        }
-        sysctls.insert(name.replace('/', "."), value.clone());
-    }
-    Ok(sysctls)
 }
 
 /// A pod id becomes part of a file name.
@@ -393,6 +457,17 @@ fn check_pod(pod: &str) -> Result<()> {
 fn step(step: impl Into<String>) -> impl FnOnce(KernelError) -> Error {
     let step = step.into();
     move |source| Error::Step { step, source }
+}
+
+/// An error and everything under it, in one line.
+fn chain_text(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut under = error.source();
+    while let Some(error) = under {
+        text += &format!(": {error}");
+        under = error.source();
+    }
+    text
 }
 
 /// A panic of another thread leaves the state as it was between two steps, which is a state that every step copes

@@ -12,7 +12,7 @@ use coracle_kernel::procfs::Procfs;
 use coracle_kernel::{Errno, Error as KernelError};
 
 use crate::rtnl::{LinkEvents, Rtnl};
-use crate::{Result, step};
+use crate::{AttachOptions, Error, Result, step};
 
 /// Most entries of the directory; every pod of every runtime on the host has one.
 const ENTRIES_MAX: usize = 1 << 16;
@@ -31,6 +31,17 @@ pub(crate) struct Fresh {
     pub(crate) namespace: OwnedFd,
     pub(crate) rtnl: Rtnl,
     pub(crate) events: LinkEvents,
+}
+
+/// What every pod's namespace gets unless told otherwise: ports below 1024 and ping without capabilities.
+#[must_use]
+pub fn default_sysctls() -> BTreeMap<String, String> {
+    [
+        ("net.ipv4.ip_unprivileged_port_start", "0"),
+        ("net.ipv4.ping_group_range", "0 2147483647"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .into()
 }
 
 impl Pins {
@@ -123,6 +134,23 @@ impl Pins {
             _ => Ok(()),
         }
     }
+}
+
+/// The sysctls of a pod's namespace.
+pub(crate) fn pod_sysctls(options: &AttachOptions) -> Result<BTreeMap<String, String>> {
+    let mut sysctls = default_sysctls();
+    for (name, value) in &options.sysctls {
+        // Only these are the namespace's; any other one would change the host.
+        if !name.starts_with("net.") && !name.starts_with("net/") {
+            let source = KernelError::new("sysctl", format!("{name:?}"), Errno::EINVAL);
+            return Err(Error::Step {
+                step: "set a sysctl of the pod's network".to_owned(),
+                source,
+            });
+        }
+        sysctls.insert(name.replace('/', "."), value.clone());
+    }
+    Ok(sysctls)
 }
 
 /// Runs `act` in a thread of its own that is in `namespace`: a thread that changed its namespace is of no use to

@@ -101,6 +101,16 @@ impl Rows {
         leases.collect()
     }
 
+    /// All that plugins wired.
+    pub(crate) fn records(&self) -> Vec<(String, CniRecord)> {
+        let wirings = lock(&self.wirings);
+        let records = wirings.iter().filter_map(|(pod, wiring)| match wiring {
+            Wiring::Cni(record) => Some((pod.clone(), CniRecord::clone(record))),
+            Wiring::Bridge(_) => None,
+        });
+        records.collect()
+    }
+
     /// Writes a row down; it is durable when this returns. No lock is held meanwhile: rows of other pods go to the
     /// disk at the same time.
     pub(crate) fn save(&self, pod: &str, wiring: Wiring) -> Result<()> {

@@ -8,7 +8,7 @@ use coracle_kernel::mount_attr::Propagation;
 use coracle_kernel::mount_old::{self, Flags};
 use coracle_kernel::namespace::{self, Kind, Kinds};
 use coracle_kernel::procfs::Procfs;
-use coracle_kernel::{seccomp, syscall};
+use coracle_kernel::{Errno, seccomp, syscall};
 
 use super::*;
 use crate::netns::inside;

@@ -106,6 +106,8 @@ pub(crate) struct Network {
     pub(crate) cni_bin_dirs: Vec<PathBuf>,
     /// How long the plugins of one pod may take for one operation, all together.
     pub(crate) cni_timeout_seconds: u32,
+    /// Template of a CNI configuration, filled in with the kubelet's pod CIDR where nobody else brings one; empty: none.
+    pub(crate) cni_conf_template: PathBuf,
 }
 
 /// Who connects pods.
@@ -165,6 +167,7 @@ impl Default for Network {
             cni_conf_dir: "/etc/cni/net.d".into(),
             cni_bin_dirs: vec!["/opt/cni/bin".into()],
             cni_timeout_seconds: 90,
+            cni_conf_template: PathBuf::new(),
         }
     }
 }
@@ -217,24 +220,34 @@ impl Config {
             "[network] cni_timeout_seconds {} is not within 1 and 3600",
             self.network.cni_timeout_seconds
         );
+        // They become a list with colons for the plugins.
+        let dirs = &self.network.cni_bin_dirs;
         ensure!(
-            !self.network.cni_bin_dirs.is_empty(),
-            "[network] cni_bin_dirs is empty"
+            !dirs.is_empty() && !dirs.iter().any(|dir| dir.to_string_lossy().contains(':')),
+            "[network] cni_bin_dirs is empty, or one of them has a colon in it"
         );
         ensure!(
             self.runtime.cgroup_driver != CgroupDriver::Systemd,
             "[runtime] cgroup_driver = \"systemd\" is not part of this release; use \"cgroupfs\", and the same in the kubelet"
         );
         ensure!(self.image.fetch_uid != 0, "[image] fetch_uid must not be root");
-        let bin_dirs = self.network.cni_bin_dirs.iter();
-        let bin_dirs = bin_dirs.map(|dir| ("[network] cni_bin_dirs", dir));
+        let template = Some(&self.network.cni_conf_template).filter(|path| !path.as_os_str().is_empty());
+        let cni = template
+            .map(|path| ("[network] cni_conf_template", path))
+            .into_iter();
+        let cni = cni.chain(
+            self.network
+                .cni_bin_dirs
+                .iter()
+                .map(|dir| ("[network] cni_bin_dirs", dir)),
+        );
         for (key, path) in [
             ("[server] socket", &self.server.socket),
             ("[image] certs_dir", &self.image.certs_dir),
             ("[network] cni_conf_dir", &self.network.cni_conf_dir),
         ]
         .into_iter()
-        .chain(bin_dirs)
+        .chain(cni)
         {
             ensure!(
                 path.is_absolute(),
@@ -454,6 +467,8 @@ mod tests {
             ("[network]\nmode = \"vlan\"\n", "mode"),
             ("[network]\ncni_bin_dirs = []\n", "cni_bin_dirs"),
             ("[network]\ncni_bin_dirs = [\"bin\"]\n", "cni_bin_dirs"),
+            ("[network]\ncni_bin_dirs = [\"/a:/b\"]\n", "cni_bin_dirs"),
+            ("[network]\ncni_conf_template = \"x\"\n", "cni_conf_template"),
             ("[network]\ncni_timeout_seconds = 0\n", "cni_timeout_seconds"),
             ("[runtime]\ncgroup_driver = \"systemd\"\n", "cgroup_driver"),
             ("[image]\nfetch_uid = 0\n", "fetch_uid"),

@@ -76,7 +76,7 @@ impl Base {
             .take(8)
             .collect();
         let store = open_store(&directories.root.join("meta.db"))?;
-        let network = open_network(flags, config, &instance, store.clone())?;
+        let network = open_network(flags, config, &instance, &directories.root, store.clone())?;
         Ok(Self {
             directories,
             binary,
@@ -280,7 +280,13 @@ fn leave_cgroups(instance: &str) {
     }
 }
 
-fn open_network(flags: &Serve, config: &Config, instance: &str, store: Store) -> Result<Network> {
+fn open_network(
+    flags: &Serve,
+    config: &Config,
+    instance: &str,
+    root: &Path,
+    store: Store,
+) -> Result<Network> {
     let mode = match flags.network.unwrap_or(config.network.mode) {
         NetworkMode::Bridge => {
             let (address, prefix) = config.subnet()?;
@@ -294,6 +300,9 @@ fn open_network(flags: &Serve, config: &Config, instance: &str, store: Store) ->
             conf_dir: config.network.cni_conf_dir.clone(),
             bin_dirs: config.network.cni_bin_dirs.clone(),
             timeout: Duration::from_secs(config.network.cni_timeout_seconds.into()),
+            template: Some(config.network.cni_conf_template.clone())
+                .filter(|path| !path.as_os_str().is_empty()),
+            pod_cidr_file: Some(root.join("pod-cidr")),
         }),
     };
     Ok(Network::new(instance, mode, Arc::new(NetworkRows(store)))?)

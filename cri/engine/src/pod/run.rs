@@ -100,9 +100,12 @@ async fn attach(pod: &PodHandle, config: &PodSandboxConfig) -> Result<Option<Net
     }
     let (network, id) = (pod.core().network.clone(), pod.id().to_owned());
     let options = spec_gen::network(config)?;
-    let attached = blocking(move || network.attach(&id, &options))
-        .await?
-        .step("attach the pod's network")?;
+    let attached = blocking(move || network.attach(&id, &options)).await?;
+    if attached.is_err() {
+        // It may have left something that is to be tried again.
+        pod.core().network_failed.notify_one();
+    }
+    let attached = attached.step("attach the pod's network")?;
     failpoint::reach("run.network").await?;
     Ok(Some(NetworkRecord {
         mode: pod.core().network.mode().to_owned(),
