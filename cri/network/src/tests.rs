@@ -69,7 +69,7 @@ fn attach(network: &Network, pod: &str) -> Attachment {
 }
 
 /// Runs a test in a thread with a network and a /run of its own.
-fn isolated(test: impl FnOnce() + Send + 'static) {
+pub(crate) fn isolated(test: impl FnOnce() + Send + 'static) {
     let thread = std::thread::spawn(|| {
         match namespace::unshare(Kinds::NETWORK | Kinds::MOUNT) {
             Err(error) if error.errno() == Errno::EPERM => {
@@ -89,7 +89,7 @@ fn isolated(test: impl FnOnce() + Send + 'static) {
 }
 
 /// Names of all links here but loopback.
-fn links() -> Vec<String> {
+pub(crate) fn links() -> Vec<String> {
     let text = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
     let names = text
         .lines()
@@ -98,7 +98,7 @@ fn links() -> Vec<String> {
     names.filter(|name| name != "lo").collect()
 }
 
-fn pins() -> Vec<String> {
+pub(crate) fn pins() -> Vec<String> {
     let Ok(entries) = std::fs::read_dir("/run/netns") else {
         return Vec::new();
     };

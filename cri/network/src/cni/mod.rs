@@ -313,3 +313,6 @@ fn path() -> String {
         .filter(|path| !path.is_empty())
         .unwrap_or_else(|| usual.to_owned())
 }
+
+#[cfg(test)]
+mod tests;

@@ -73,10 +73,15 @@ impl CniNetwork {
         if let Some(due) = lock(&self.state).due.filter(|due| !changed && *due > now) {
             return Ok(due - now);
         }
-        watch.arm(&self.dirs())?;
-        let network = self.reload();
-        // Its folder may have plugins too.
-        watch.arm(&self.dirs())?;
+        let mut dirs = self.dirs();
+        watch.arm(&dirs)?;
+        let mut network = self.reload();
+        if dirs != self.dirs() {
+            // Another network has another folder of plugins; what changed in it before it was watched is read again.
+            dirs = self.dirs();
+            watch.arm(&dirs)?;
+            network = self.reload();
+        }
         let mut pause = PERIOD;
         if let Some((file, chain)) = network.filter(|(_, chain)| chain.version >= Version::V110) {
             let refused = self.ask_status(&chain).err().map(|error| {
@@ -138,6 +143,12 @@ impl CniNetwork {
     pub(super) fn reload(&self) -> Option<(PathBuf, Chain)> {
         let dir = self.config.conf_dir.display();
         let loaded = conf::load(&self.config.conf_dir);
+        let missing = loaded.as_ref().ok().and_then(|loaded| {
+            let (file, chain) = loaded.network.as_ref()?;
+            let mut plugins = chain.plugins.iter();
+            let error = plugins.find_map(|plugin| Binary::find(&plugin.kind, &self.config.bin_dirs).err())?;
+            Some(format!("{}: {}", file.display(), chain_text(&error)))
+        });
         let mut state = lock(&self.state);
         let before = state.network.take();
         state.findings.clear();
@@ -152,7 +163,7 @@ impl CniNetwork {
             .iter()
             .map(|(file, error)| format!("{}: {}", file.display(), chain_text(error)))
             .collect();
-        let Some((file, chain)) = network else {
+        if network.is_none() {
             let way_out = "or set [network] mode = \"bridge\"";
             state.trouble = Some(if bad.is_empty() {
                 format!("no CNI configuration in {dir}: put one there, {way_out}")
@@ -163,20 +174,20 @@ impl CniNetwork {
                 )
             });
             return None;
-        };
-        let mut missing = chain.plugins.iter();
-        let missing = missing.find_map(|plugin| Binary::find(&plugin.kind, &self.config.bin_dirs).err());
-        state.trouble = missing.map(|error| format!("{}: {}", file.display(), chain_text(&error)));
-        if before.as_ref() != Some(&(file.clone(), chain.clone())) {
+        }
+        state.trouble = missing;
+        if before != network {
             state.refused = None;
-            let (file, name) = (file.display(), &chain.name);
-            tracing::info!(%file, name, version = chain.version.as_str(), "CNI network");
+            if let Some((file, chain)) = &network {
+                let (file, name) = (file.display(), &chain.name);
+                tracing::info!(%file, name, version = chain.version.as_str(), "CNI network");
+            }
         }
         state.findings.extend(bad.into_iter().map(|what| Finding {
             what: format!("no valid CNI configuration: {what}"),
             cure: "correct or remove the file".to_owned(),
         }));
-        state.network = Some((file, chain));
+        state.network = network;
         state.network.clone()
     }
 
