@@ -122,13 +122,18 @@ fn tables() -> String {
         .unwrap_or_default()
 }
 
-/// Connects to `address`, a listener in `namespace`; the answer is the client's address as the listener saw it.
-fn dial(namespace: &OwnedFd, address: IpAddr) -> String {
-    let listener = inside(namespace, || TcpListener::bind("0.0.0.0:80").unwrap());
-    let server = std::thread::spawn(move || {
+/// Answers one client in `namespace` with the client's address, as the listener there saw it.
+pub(crate) fn serve_once(namespace: &OwnedFd, address: &str) -> std::thread::JoinHandle<()> {
+    let listener = inside(namespace, || TcpListener::bind(address).unwrap());
+    std::thread::spawn(move || {
         let (mut stream, peer) = listener.accept().unwrap();
         stream.write_all(peer.ip().to_string().as_bytes()).unwrap();
-    });
+    })
+}
+
+/// Connects to `address`, a listener in `namespace`; the answer is the client's address as the listener saw it.
+pub(crate) fn dial(namespace: &OwnedFd, address: IpAddr) -> String {
+    let server = serve_once(namespace, "0.0.0.0:80");
     let mut stream = TcpStream::connect_timeout(&(address, 80).into(), Duration::from_secs(10)).unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();

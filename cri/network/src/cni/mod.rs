@@ -315,4 +315,6 @@ fn path() -> String {
 }
 
 #[cfg(test)]
+mod reference_tests;
+#[cfg(test)]
 mod tests;
