@@ -115,7 +115,11 @@ fn the_whole_chain_connects_a_pod_and_leaves_nothing() {
         let network = &host.network;
         let mut watch = network.watch().unwrap().unwrap();
         network.refresh(&mut watch).unwrap();
-        assert_eq!(network.status().not_ready, None, "STATUS and GC are answered, if only as done");
+        assert_eq!(
+            network.status().not_ready,
+            None,
+            "STATUS and GC are answered, if only as done"
+        );
 
         let pod = network.attach("pod", &options()).unwrap();
         let ips: Vec<_> = pod.ips.iter().map(ToString::to_string).collect();
