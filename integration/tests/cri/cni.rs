@@ -197,7 +197,7 @@ async fn what_a_crash_interrupts_is_taken_down_by_the_next_daemon() -> Result<()
     let place = Place::new("crash")?;
     place.install()?;
     let mut node = Node::with_busybox(Options {
-        failpoint: Some("run.network".to_owned()),
+        failpoint: Some("run.network=abort".to_owned()),
         ..place.options(&place.path("bin"))
     })
     .await?;
