@@ -106,7 +106,7 @@ pub(crate) struct Network {
     pub(crate) cni_bin_dirs: Vec<PathBuf>,
     /// How long the plugins of one pod may take for one operation, all together.
     pub(crate) cni_timeout_seconds: u32,
-    /// Template of a CNI configuration, filled in with the kubelet's pod CIDR where nobody else brings one; empty: none.
+    /// Template of a CNI configuration, filled in with the kubelet's pod CIDR where there is no other; empty: none.
     pub(crate) cni_conf_template: PathBuf,
 }
 

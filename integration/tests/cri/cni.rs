@@ -24,9 +24,10 @@ crate::tests![
     the_reference_plugins_connect_pods,
 ];
 
-/// Answers with an address that nobody has; DEL does what the file `del` says.
+/// Answers with an address that nobody has; DEL fails where there is a file `del`, ADD hangs where there is a `hang`.
 const PLUGIN: &str = r#"#!/bin/sh
 echo "$CNI_COMMAND" >> DIR/calls
+[ "$CNI_COMMAND" = ADD ] && [ -e DIR/hang ] && { echo $$ > DIR/hanging; exec sleep 1000; }
 [ "$CNI_COMMAND" = DEL ] && [ -e DIR/del ] && { echo '{"code":11,"msg":"not now"}'; exit 1; }
 [ "$CNI_COMMAND" = ADD ] && echo '{"cniVersion":"1.0.0","ips":[{"address":"10.9.0.2/24"},{"address":"fd09::2/64"}]}'
 exit 0
@@ -218,6 +219,26 @@ async fn what_a_crash_interrupts_is_taken_down_by_the_next_daemon() -> Result<()
     .await?;
     let pod = node.run_pod(&config).await?;
     node.remove_pod(&pod).await?;
+
+    // An ADD that is under way does not go on behind the next daemon's DEL.
+    fs::write(place.path("hang"), "")?;
+    let hanging = eventually(async || Ok(drop(fs::metadata(place.path("hanging"))?)));
+    tokio::select! {
+        answer = node.run_pod(&config) => anyhow::bail!("it did not hang: {answer:?}"),
+        hangs = hanging => hangs?,
+    }
+    let calls = place.calls("DEL");
+    node.restart().await?;
+    let plugin = fs::read_to_string(place.path("hanging"))?;
+    ensure!(
+        !Path::new("/proc").join(plugin.trim()).exists(),
+        "the plugin runs on"
+    );
+    eventually(async || {
+        ensure!(place.calls("DEL") > calls, "nobody took it down");
+        Ok(())
+    })
+    .await?;
     node.finish().await?;
     place.remove()
 }

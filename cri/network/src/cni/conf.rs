@@ -264,7 +264,12 @@ fn load_file(dir: &Path, file: &Path) -> Result<Chain, ConfError> {
             })?);
         }
     }
-    chain.complete()
+    let chain = chain.complete()?;
+    // It becomes a part of every pod's record.
+    if chain.to_text().len() as u64 > FILE_BYTES {
+        return Err(ConfError::Large);
+    }
+    Ok(chain)
 }
 
 /// Files of these extensions, by name; none where there is no directory.
@@ -358,7 +363,8 @@ mod tests {
     fn lists_and_single_plugins_are_read() {
         let list = parse(
             r#"{"cniVersion":"0.4.0","cniVersions":["0.3.1","1.1.0","2.0.0"],"name":"net","disableCheck":"true",
-                "plugins":[{"type":"bridge","x":[1,{"y":null}]},{"type":"portmap","capabilities":{"portMappings":true}}]}"#,
+                "plugins":[{"type":"bridge","x":[1,{"y":null}]},
+                    {"type":"portmap","capabilities":{"portMappings":true}}]}"#,
         )
         .unwrap();
         assert_eq!((list.name.as_str(), list.version), ("net", Version::V110));

@@ -1,7 +1,7 @@
 //! One run of one plugin: a program with a fixed name, an environment from nothing, its request on standard input.
 //!
 //! The program leads a session of its own. What it answers is bounded, and so is its time: past either bound its whole
-//! process group is killed. What it leaves running in the background when it has ended is not waited for.
+//! process group is killed; it does not outlive the daemon either. What it leaves running in the background when it has ended is not waited for.
 
 use std::ffi::CString;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -166,6 +166,8 @@ impl Binary {
             ],
             cwd: Some(root.as_fd()),
             new_session: true,
+            // The next daemon sends DEL, and an ADD that goes on behind its back would undo that.
+            dies_with_caller: true,
             ..Spawn::new(program, &args)
         }
         .spawn()

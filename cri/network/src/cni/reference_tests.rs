@@ -192,7 +192,10 @@ fn point_to_point_links_work() {
 
 #[test]
 fn macvlan_gives_the_pod_a_place_on_the_wire() {
-    let plugins = |dir: &Path| json!([{"type": "macvlan", "master": "wire", "mode": "bridge", "ipam": host_local(dir, &["10.79.0.0/24"])}]);
+    let plugins = |dir: &Path| {
+        let ipam = host_local(dir, &["10.79.0.0/24"]);
+        json!([{"type": "macvlan", "master": "wire", "mode": "bridge", "ipam": ipam}])
+    };
     with_plugins(plugins, |host| {
         // The other end of the wire is another host.
         let far = std::thread::spawn(|| {

@@ -643,7 +643,8 @@ fn the_kubelets_addresses_become_a_network_where_there_is_none() {
         host.write(
             "template",
             r#"{"cniVersion":"1.0.0","name":"rendered","plugins":[{"type":"one","capabilities":{"ipRanges":true},
-                "ipam":{"ranges":[{{range $i, $range := .PodCIDRRanges}}{{if $i}}, {{end}}[{"subnet":"{{$range}}"}]{{end}}]}}]}"#,
+                "ipam":{"ranges":[{{range $i, $range := .PodCIDRRanges}}
+                    {{- if $i}}, {{end}}[{"subnet":"{{$range}}"}]{{end}}]}}]}"#,
         );
         let rendered = host.path("net.d/10-coracle-net.conflist");
         network.set_pod_cidr("10.7.0.0/24").unwrap();
