@@ -236,6 +236,8 @@ async fn what_a_crash_interrupts_is_taken_down_by_the_next_daemon() -> Result<()
     );
     eventually(async || {
         ensure!(place.calls("DEL") > calls, "nobody took it down");
+        let left = leaks::pod_files(&node.dir);
+        ensure!(left.is_empty(), "{left:?} {}", node.log());
         Ok(())
     })
     .await?;
