@@ -196,3 +196,47 @@ fn make(sysctls: &BTreeMap<String, String>) -> Result<Fresh, KernelError> {
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use crate::tests::{Book, INSTANCE};
+    use crate::{AttachOptions, CniConfig, Error, Mode, Network};
+
+    fn mode() -> Mode {
+        Mode::Cni(CniConfig::default())
+    }
+
+    #[test]
+    fn names_that_could_leave_their_place_are_refused() {
+        let book: Arc<dyn crate::Book> = Arc::new(Book::default());
+        for instance in ["", "../x", "012345678", "xyz"] {
+            assert!(matches!(
+                Network::new(instance, mode(), book.clone()),
+                Err(Error::Name(_))
+            ));
+        }
+        let network = Network::new(INSTANCE, mode(), book).unwrap();
+        let long = "a".repeat(129);
+        for pod in [
+            "",
+            "..",
+            ".hidden",
+            "a/b",
+            "../../etc/passwd",
+            "a\0b",
+            "ä",
+            long.as_str(),
+        ] {
+            assert!(
+                matches!(
+                    network.attach(pod, &AttachOptions::default()),
+                    Err(Error::Name(_))
+                ),
+                "{pod:?}"
+            );
+            assert!(matches!(network.detach(pod), Err(Error::Name(_))), "{pod:?}");
+        }
+    }
+}
