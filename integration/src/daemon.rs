@@ -43,6 +43,8 @@ pub struct Server {
     child: Option<Child>,
     /// How much it logs.
     pub log_level: &'static str,
+    /// Who connects its pods.
+    pub network: &'static str,
 }
 
 /// A running daemon; its places are in the cell's scratch directory.
@@ -85,6 +87,7 @@ impl Server {
             dir: dir.to_owned(),
             child: None,
             log_level: "debug",
+            network: "bridge",
         })
     }
 
@@ -132,7 +135,7 @@ impl Server {
             .append(true)
             .open(self.dir.join("coracled.log"))?;
         command
-            .args(["serve", "--network", "bridge", "--log-format", "text"])
+            .args(["serve", "--network", self.network, "--log-format", "text"])
             .args(["--log-level", self.log_level])
             .arg("--config")
             .arg(self.dir.join("config.toml"))

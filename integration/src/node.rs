@@ -22,6 +22,8 @@ pub struct Options {
     pub config: String,
     /// `CORACLE_FAILPOINT` of the next start alone.
     pub failpoint: Option<String>,
+    /// Pods are connected by CNI plugins, not by the built-in bridge.
+    pub cni: bool,
 }
 
 /// A daemon, its places, and calls to it.
@@ -44,6 +46,9 @@ impl Node {
         let logs = dir.join("logs");
         fs::create_dir_all(&logs)?;
         let mut server = Server::new(&binary("coracled"), &dir, &options.config)?;
+        if options.cni {
+            server.network = "cni";
+        }
         let calls = serve(&mut server, &options).await?;
         Ok(Node {
             dir,

@@ -64,6 +64,8 @@ pub(crate) struct Core {
     pub(crate) images: Arc<ImageStore>,
     pub(crate) snapshots: Arc<Snapshotter>,
     pub(crate) network: Arc<Network>,
+    /// Told when a pod's network could not be taken down.
+    pub(crate) network_failed: Notify,
     pub(crate) monitor_program: OwnedFd,
     pub(crate) cgroups: Host,
     pub(crate) facts: HostFacts,
@@ -116,6 +118,7 @@ impl Core {
             images: parts.images,
             snapshots: parts.snapshots,
             network: parts.network,
+            network_failed: Notify::new(),
             monitor_program: parts.monitor_program,
             cgroups,
             facts,
@@ -183,6 +186,7 @@ impl Core {
             "pid": monitor.map_or(0, |monitor| monitor.pid),
             "runtimeHandler": &*view.runtime_handler,
             "reason": view.record.reason,
+            "cniResult": self.network.result(&view.record.id),
             "namespaces": {
                 "network": namespaces.network,
                 "ipc": namespaces.ipc,

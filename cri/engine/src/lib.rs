@@ -7,6 +7,7 @@
 //! - `recover`: what an earlier daemon left, or an earlier boot
 //! - `record`, `view`, `registry`: on the disk, to be shown, to be found
 //! - `stats`: figures from cgroups
+//! - `tend`: what pod networks need between requests
 //!
 //! Status and list calls read published snapshots: they wait for nothing and nobody.
 
@@ -22,6 +23,7 @@ mod recover;
 mod registry;
 pub mod spec_gen;
 mod stats;
+mod tend;
 mod view;
 
 use std::collections::BTreeMap;

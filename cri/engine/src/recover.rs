@@ -85,6 +85,7 @@ pub(crate) async fn recover(core: &Arc<Core>, report: &mut Report) -> Result<()>
     }
     sweep(core, report).await?;
     tokio::spawn(crate::stats::walk_layers(core.clone()));
+    crate::tend::start(core);
     Ok(())
 }
 
@@ -224,19 +225,32 @@ fn restore(
 
 /// Brings a pod to a state that can be shown, or takes it down; what fails is tried again in the background.
 async fn settle(pod: &PodHandle, old_boot: bool) {
-    let mut pause = RETRY.0;
-    loop {
-        match step(pod, old_boot).await {
-            Ok(()) => return,
-            Err(error) => warn!(
-                pod = pod.id(),
-                error = error.chain(),
-                "the pod is not recovered yet"
-            ),
-        }
-        sleep(pause).await;
-        pause = (pause * 2).min(RETRY.1);
+    if is_settled(pod, old_boot).await {
+        return;
     }
+    let pod = pod.clone();
+    tokio::spawn(async move {
+        let mut pause = RETRY.0;
+        loop {
+            sleep(pause).await;
+            if is_settled(&pod, old_boot).await {
+                return;
+            }
+            pause = (pause * 2).min(RETRY.1);
+        }
+    });
+}
+
+async fn is_settled(pod: &PodHandle, old_boot: bool) -> bool {
+    let stepped = step(pod, old_boot).await;
+    if let Err(error) = &stepped {
+        warn!(
+            pod = pod.id(),
+            error = error.chain(),
+            "the pod is not recovered yet"
+        );
+    }
+    stepped.is_ok()
 }
 
 async fn step(pod: &PodHandle, old_boot: bool) -> Result<()> {

@@ -1,38 +1,43 @@
-//! Pod networks: pinned namespaces with loopback, and the built-in bridge.
+//! Pod networks: pinned namespaces with loopback, connected by the built-in bridge or by CNI plugins.
 //!
-//! A pod's network is a namespace pinned as `/run/netns/coracle-<instance>-<pod>`, a veth pair from it to the bridge
-//! `crc-<instance>`, an address out of the instance's subnet and a default route; packets that leave the subnet are
-//! masqueraded by the nf_tables table `coracle-<instance>`. All of it is made by netlink. Calls block; they are for
+//! A pod's network is a namespace pinned as `/run/netns/coracle-<instance>-<pod>` and what the wiring puts into it.
+//! [`Network`] is the one face of both wirings; `bridge` and `cni` say what each does. Calls block; they are for
 //! threads that may.
 //!
-//! The bridge and the table come with the first pod and go with the last one, so an instance without pods leaves
-//! nothing on the host. No sysctl of the host is changed but those of the bridge itself: where the host does not
-//! forward, [`Network::status`] says so, with the cure.
-//!
-//! What is written down comes before what is done: an address is in the [`AddressBook`] before anything has it, and
-//! leaves it after everything that had it is gone. So [`Network::sweep`] finds whatever a crash left behind.
+//! What is written down comes before what is done: a pod's [`Row`] is in the [`Book`] before anything of its network
+//! exists, and leaves it after everything is gone. The row says who wired the pod, so that it is taken down by the
+//! same, whatever the configuration says by then. So [`Network::sweep`] finds whatever a crash left behind.
 
 mod bridge;
+mod cni;
 mod dial;
-mod nat;
 mod netns;
-mod pool;
+mod retry;
+mod rows;
 mod rtnl;
+mod tend;
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
-use coracle_kernel::procfs::Procfs;
+use coracle_kernel::Error as KernelError;
 use serde::{Deserialize, Serialize};
 
+use crate::bridge::BridgeNetwork;
+pub use crate::bridge::pool::Subnet;
+use crate::cni::CniNetwork;
+pub use crate::cni::{CniConfig, CniError, CniRecord, ConfError, Watch};
 pub use crate::dial::{DialError, dial};
-use crate::netns::Pins;
-use crate::pool::Pool;
-pub use crate::pool::Subnet;
-use crate::rtnl::Rtnl;
+pub use crate::netns::default_sysctls;
+use crate::netns::{Fresh, Pins, pod_sysctls};
+use crate::retry::{Failures, Turns};
+use crate::rows::Rows;
+pub use crate::rows::{Book, BookError, BridgeLease, Row, Wiring};
+pub use crate::tend::Retried;
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -67,11 +72,11 @@ pub enum Error {
         /// The route that is there.
         route: Subnet,
     },
-    /// Pods can have no network of their own.
+    /// Pods can have no network of their own now.
     #[error("no pod network: {0}")]
-    HostOnly(&'static str),
-    /// The address book failed.
-    #[error("{step} the address of pod {pod}")]
+    NotReady(String),
+    /// The book of networks failed.
+    #[error("{step} the network of pod {pod}")]
     Book {
         /// What was being done, a verb.
         step: &'static str,
@@ -81,6 +86,17 @@ pub enum Error {
         #[source]
         source: BookError,
     },
+    /// CNI failed.
+    #[error(transparent)]
+    Cni(#[from] CniError),
+    /// The pod could not be taken down a moment ago; it is tried again on its own.
+    #[error("the network of pod {pod} could not be taken down a moment ago: {why}")]
+    Pending {
+        /// The pod.
+        pod: String,
+        /// How it failed then.
+        why: String,
+    },
     /// A step that the kernel refused.
     #[error("{step}")]
     Step {
@@ -88,30 +104,8 @@ pub enum Error {
         step: String,
         /// The refusal.
         #[source]
-        source: coracle_kernel::Error,
+        source: KernelError,
     },
-}
-
-/// Failure of an [`AddressBook`].
-pub type BookError = Box<dyn std::error::Error + Send + Sync>;
-
-/// Where addresses are kept over restarts of the daemon. `save` and `delete` return when the change is durable.
-pub trait AddressBook: Send + Sync {
-    /// All rows.
-    fn load(&self) -> Result<Vec<Row>, BookError>;
-    /// Keeps a row.
-    fn save(&self, row: &Row) -> Result<(), BookError>;
-    /// Forgets the row of a pod; none there is no error.
-    fn delete(&self, pod: &str) -> Result<(), BookError>;
-}
-
-/// An address that a pod has.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Row {
-    /// The pod's id.
-    pub pod: String,
-    /// Its address.
-    pub address: Ipv4Addr,
 }
 
 /// How pods are connected.
@@ -119,8 +113,8 @@ pub struct Row {
 pub enum Mode {
     /// The built-in bridge.
     Bridge(Bridge),
-    /// Not at all: pods on the host's network are all there can be, for this reason.
-    HostOnly(&'static str),
+    /// CNI plugins.
+    Cni(CniConfig),
 }
 
 /// Settings of the built-in bridge.
@@ -139,6 +133,63 @@ pub struct Bridge {
 pub struct AttachOptions {
     /// `net.*` sysctls of the pod's namespace; they override [`default_sysctls`].
     pub sysctls: BTreeMap<String, String>,
+    /// Who the pod is in Kubernetes.
+    pub identity: PodIdentity,
+    /// The pod's annotations.
+    pub annotations: BTreeMap<String, String>,
+    /// Resolver settings, where the request has them.
+    pub dns: Option<Dns>,
+    /// Ports of the host that lead to the pod.
+    pub port_mappings: Vec<PortMapping>,
+    /// The pod's cgroup, where the request names it.
+    pub cgroup_parent: Option<String>,
+}
+
+/// Who a pod is in Kubernetes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodIdentity {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its uid.
+    pub uid: String,
+}
+
+/// Resolver settings of a pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Dns {
+    /// Addresses of name servers.
+    pub servers: Vec<String>,
+    /// Search domains.
+    pub searches: Vec<String>,
+    /// Options of resolv.conf(5).
+    pub options: Vec<String>,
+}
+
+/// A port of the host that leads to one of the pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortMapping {
+    /// The protocol of both.
+    pub protocol: Protocol,
+    /// The pod's port.
+    pub container_port: u16,
+    /// The host's port, never 0.
+    pub host_port: u16,
+    /// The host's address; every one of them where not given.
+    pub host_ip: Option<IpAddr>,
+}
+
+/// A protocol with ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
 }
 
 /// A pod's network.
@@ -150,6 +201,8 @@ pub struct Attachment {
     pub namespace: OwnedFd,
     /// The pod's addresses, the primary one first.
     pub ips: Vec<IpAddr>,
+    /// What the plugins answered, for people who look at a pod.
+    pub result: Option<serde_json::Value>,
 }
 
 /// Something that an operator should know, with the cure.
@@ -165,70 +218,43 @@ pub struct Finding {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
     /// Why no pod can have a network; none if they can.
-    pub not_ready: Option<&'static str>,
+    pub not_ready: Option<String>,
     /// What limits them.
     pub findings: Vec<Finding>,
 }
 
 /// Pod networks of one instance. Calls for different pods may run at the same time.
 pub struct Network {
-    instance: String,
     mode: Mode,
     pins: Pins,
-    book: Arc<dyn AddressBook>,
-    pool: Mutex<Pool>,
-    /// Held while the bridge and its table come or go.
-    bridge: Mutex<BridgeState>,
-    /// Why packets are not masqueraded though they should be: apart, so that a status waits for no netlink.
-    no_masquerade: Mutex<Option<String>>,
-}
-
-#[derive(Debug, Default)]
-struct BridgeState {
-    /// It was made, or looked over, in this life of the daemon.
-    ready: bool,
-}
-
-/// What every pod's namespace gets unless told otherwise: ports below 1024 and ping without capabilities.
-#[must_use]
-pub fn default_sysctls() -> BTreeMap<String, String> {
-    [
-        ("net.ipv4.ip_unprivileged_port_start", "0"),
-        ("net.ipv4.ping_group_range", "0 2147483647"),
-    ]
-    .map(|(name, value)| (name.to_owned(), value.to_owned()))
-    .into()
+    rows: Arc<Rows>,
+    bridge: BridgeNetwork,
+    cni: CniNetwork,
+    turns: Turns,
+    failures: Failures,
 }
 
 impl Network {
-    /// Pod networks of `instance` (eight hex digits), with the addresses that pods had before. Touches nothing.
-    pub fn new(instance: &str, mode: Mode, book: Arc<dyn AddressBook>) -> Result<Network> {
-        Network::with_pins(instance, mode, book, Pins::new("/run/netns", instance))
-    }
-
-    fn with_pins(instance: &str, mode: Mode, book: Arc<dyn AddressBook>, pins: Pins) -> Result<Network> {
+    /// Pod networks of `instance` (eight hex digits), with what pods had before. Touches nothing.
+    pub fn new(instance: &str, mode: Mode, book: Arc<dyn Book>) -> Result<Network> {
         if instance.is_empty() || instance.len() > 8 || !instance.bytes().all(|byte| byte.is_ascii_hexdigit())
         {
             return Err(Error::Name(instance.to_owned()));
         }
-        let mut pool = Pool::default();
-        let load = |source| Error::Book {
-            step: "load",
-            pod: "any".to_owned(),
-            source,
+        let rows = Arc::new(Rows::load(book)?);
+        let cni = match &mode {
+            Mode::Cni(config) => config.clone(),
+            // Pods of an earlier mode are taken down by their records.
+            Mode::Bridge(_) => CniConfig::default(),
         };
-        for row in book.load().map_err(load)? {
-            pool.insert(row.pod, row.address);
-        }
-        let (pool, bridge) = (Mutex::new(pool), Mutex::default());
         Ok(Network {
-            instance: instance.to_owned(),
+            cni: CniNetwork::new(cni),
+            turns: Turns::default(),
+            failures: Failures::default(),
+            pins: Pins::new("/run/netns", instance),
+            bridge: BridgeNetwork::new(instance, rows.clone()),
+            rows,
             mode,
-            pins,
-            book,
-            pool,
-            bridge,
-            no_masquerade: Mutex::default(),
         })
     }
 
@@ -237,187 +263,187 @@ impl Network {
     pub fn mode(&self) -> &'static str {
         match self.mode {
             Mode::Bridge(_) => "bridge",
-            Mode::HostOnly(_) => "host-only",
+            Mode::Cni(_) => "cni",
         }
     }
 
-    /// Gives a pod its network. Whatever an earlier try left for this pod is removed first; its address stays the
-    /// same if it had one. After a failure nothing is left.
+    /// Gives a pod its network. Whatever an earlier try left for this pod is removed first; on the bridge its address
+    /// stays the same if it had one. After a failure nothing is left, or it is on its row and is tried again.
     pub fn attach(&self, pod: &str, options: &AttachOptions) -> Result<Attachment> {
         check_pod(pod)?;
-        let bridge = match &self.mode {
-            Mode::Bridge(bridge) => bridge,
-            Mode::HostOnly(why) => return Err(Error::HostOnly(why)),
-        };
+        let sysctls = pod_sysctls(options)?;
+        let _turn = self.turns.take(pod);
         self.take_down(pod)?;
-        let address = self.address_for(pod, bridge.subnet)?;
-        let attached = self.bring_up(pod, bridge, address, options);
+        let attached = match &self.mode {
+            Mode::Bridge(bridge) => self.attach_to_bridge(pod, bridge, &sysctls, options),
+            Mode::Cni(_) => self.attach_by_cni(pod, &sysctls, options),
+        };
         if attached.is_err()
-            && let Err(error) = self.detach(pod)
+            && let Err(error) = self.detach_now(pod)
         {
-            tracing::warn!(
-                pod,
-                error = &error as &dyn std::error::Error,
-                "undo of a failed attach"
-            );
+            tracing::warn!(pod, error = chain_text(&error), "undo of a failed attach");
         }
         attached
     }
 
-    /// Takes a pod's network away; what is not there, or only half, is no error.
+    /// Takes a pod's network away; what is not there, or only half, is no error. After a failure the row stays, and
+    /// [`Network::retry_due`] tries again.
     pub fn detach(&self, pod: &str) -> Result<()> {
         check_pod(pod)?;
-        self.take_down(pod)?;
-        if lock(&self.pool).contains(pod) {
-            let forget = |source| Error::Book {
-                step: "forget",
+        let _turn = self.turns.take(pod);
+        // Only plugins hang.
+        if let Some(Wiring::Cni(_)) = self.rows.get(pod)
+            && let Some(why) = self.failures.recent(pod, Instant::now())
+        {
+            return Err(Error::Pending {
                 pod: pod.to_owned(),
-                source,
-            };
-            self.book.delete(pod).map_err(forget)?;
-            lock(&self.pool).remove(pod);
+                why,
+            });
         }
-        self.remove_unused_bridge()
+        self.detach_now(pod)
     }
 
-    /// The network that a pod has, after a restart of the daemon; none if its namespace is not pinned or its address
-    /// not known.
+    /// What the plugins answered when they connected the pod.
+    #[must_use]
+    pub fn result(&self, pod: &str) -> Option<serde_json::Value> {
+        match self.rows.get(pod)? {
+            Wiring::Cni(record) => record.result,
+            Wiring::Bridge(_) => None,
+        }
+    }
+
+    /// The network that a pod has, after a restart of the daemon; none if its namespace is not pinned or its row not
+    /// known.
     pub fn attachment(&self, pod: &str) -> Result<Option<Attachment>> {
         check_pod(pod)?;
-        let Some(address) = lock(&self.pool).get(pod) else {
+        let Some(wiring) = self.rows.get(pod) else {
             return Ok(None);
         };
         let Some(namespace) = self.pins.open(pod)? else {
             return Ok(None);
         };
+        let (ips, result) = match wiring {
+            Wiring::Bridge(lease) => (lease.ips(), None),
+            Wiring::Cni(record) => (record.ips(), record.result),
+        };
         Ok(Some(Attachment {
             netns: self.pins.path(pod),
             namespace,
-            ips: vec![IpAddr::V4(address)],
+            ips,
+            result,
         }))
     }
 
-    /// Removes what this instance made for pods that are not alive: namespaces, pairs, addresses, and without any pod
-    /// the bridge and its table. How many pods' things were removed.
+    /// Removes what this instance made for pods that are not alive: namespaces, rows and what their wirings made. How
+    /// many pods' things were removed; those of CNI pods are only on their way, by [`Network::retry_due`].
     pub fn sweep(&self, alive: impl Fn(&str) -> bool) -> Result<usize> {
         let mut dead: Vec<String> = self.pins.list()?;
-        dead.extend(lock(&self.pool).pods());
+        dead.extend(self.rows.pods());
         dead.retain(|pod| !alive(pod));
         dead.sort_unstable();
         dead.dedup();
         for pod in &dead {
-            self.detach(pod)?;
-        }
-        // Pairs whose namespace is unpinned but kept alive by a process, and of which no record tells.
-        let mut pairs = 0;
-        let mut rtnl = self.rtnl()?;
-        let known: Vec<String> = lock(&self.pool).pods().map(|pod| self.pair_name(&pod)).collect();
-        if let Some(index) = rtnl
-            .link_index(&self.bridge_name())
-            .map_err(step("look for the bridge"))?
-        {
-            for port in rtnl.ports(index).map_err(step("list the bridge's ports"))? {
-                if port.starts_with(bridge::PAIR_PREFIX) && !known.contains(&port) {
-                    rtnl.delete_link(&port).map_err(step("remove a left-over pair"))?;
-                    pairs += 1;
-                }
+            match self.rows.get(pod) {
+                // Plugins take their time, and the start of the daemon does not wait for them.
+                Some(Wiring::Cni(_)) => self.failures.schedule(pod, Instant::now()),
+                _ => self.detach(pod)?,
             }
         }
-        self.remove_unused_bridge()?;
-        Ok(dead.len() + pairs)
+        Ok(dead.len() + self.bridge.sweep()?)
     }
 
     /// Whether pods can have networks, and what limits them.
     #[must_use]
     pub fn status(&self) -> Status {
-        let bridge = match &self.mode {
-            Mode::Bridge(bridge) => bridge,
-            Mode::HostOnly(why) => {
-                return Status {
-                    not_ready: Some(why),
-                    findings: Vec::new(),
-                };
+        let mut status = match &self.mode {
+            Mode::Bridge(bridge) => self.bridge.status(bridge),
+            Mode::Cni(_) => {
+                let (not_ready, findings) = self.cni.status();
+                Status { not_ready, findings }
             }
         };
-        let mut findings = Vec::new();
-        let forwards = Procfs::visible().and_then(|proc| proc.read_sysctl("net.ipv4.ip_forward"));
-        if forwards.is_ok_and(|value| value == "0") {
-            findings.push(Finding {
-                what: "net.ipv4.ip_forward is 0: pods reach this host and each other, and nothing else"
-                    .to_owned(),
-                cure: "sysctl -w net.ipv4.ip_forward=1, and a file in /etc/sysctl.d for the next boot"
-                    .to_owned(),
+        for (pod, attempts, why) in self.failures.all() {
+            status.findings.push(Finding {
+                what: format!("the network of pod {pod} could not be taken down, {attempts} times: {why}"),
+                cure: "mend what fails: it is tried again until it succeeds".to_owned(),
             });
         }
-        if let Some(why) = &*lock(&self.no_masquerade) {
-            findings.push(Finding {
-                what: format!("packets of pods keep their own address outside of this host: {why}"),
-                cure: "a kernel with nf_tables and its nat and masq expressions, or a route back to the pods' subnet"
-                    .to_owned(),
-            });
-        }
-        let strangers = lock(&self.pool).outside(bridge.subnet);
-        if strangers > 0 {
-            findings.push(Finding {
-                what: format!("{strangers} pods have addresses outside of {}", bridge.subnet),
-                cure: "recreate them: they were made with another [network] subnet".to_owned(),
-            });
-        }
-        Status {
-            not_ready: None,
-            findings,
-        }
+        status
     }
 
-    /// The pod's address: the one it had, or a free one that is written down before it is used.
-    fn address_for(&self, pod: &str, subnet: Subnet) -> Result<Ipv4Addr> {
-        let address = {
-            let mut pool = lock(&self.pool);
-            if let Some(address) = pool.get(pod).filter(|address| subnet.contains(*address)) {
-                return Ok(address);
-            }
-            pool.take(pod, subnet)?
-        };
-        // Outside of the lock: other pods' rows go to the disk at the same time.
-        let row = Row {
-            pod: pod.to_owned(),
-            address,
-        };
-        if let Err(source) = self.book.save(&row) {
-            lock(&self.pool).remove(pod);
-            return Err(Error::Book {
-                step: "save",
-                pod: pod.to_owned(),
-                source,
-            });
-        }
-        Ok(address)
+    fn attach_to_bridge(
+        &self,
+        pod: &str,
+        bridge: &Bridge,
+        sysctls: &BTreeMap<String, String>,
+        options: &AttachOptions,
+    ) -> Result<Attachment> {
+        let lease = self.bridge.reserve(pod, bridge, options)?;
+        let mut fresh = self.make_namespace(pod, sysctls)?;
+        self.bridge.connect(pod, bridge, &lease, &mut fresh)?;
+        Ok(Attachment {
+            netns: self.pins.path(pod),
+            namespace: fresh.namespace,
+            ips: lease.ips(),
+            result: None,
+        })
     }
 
-    /// Removes the namespace and the pair.
+    fn attach_by_cni(
+        &self,
+        pod: &str,
+        sysctls: &BTreeMap<String, String>,
+        options: &AttachOptions,
+    ) -> Result<Attachment> {
+        let mut record = self.cni.plan(pod, options)?;
+        self.rows.save(pod, Wiring::Cni(Box::new(record.clone())))?;
+        let fresh = self.make_namespace(pod, sysctls)?;
+        let netns = self.pins.path(pod);
+        record.result = Some(self.cni.add(pod, &record, &netns)?);
+        self.rows.save(pod, Wiring::Cni(Box::new(record.clone())))?;
+        Ok(Attachment {
+            netns,
+            namespace: fresh.namespace,
+            ips: record.ips(),
+            result: record.result,
+        })
+    }
+
+    /// Takes everything of a pod away, its row last.
+    fn detach_now(&self, pod: &str) -> Result<()> {
+        let detached = self
+            .take_down(pod)
+            .and_then(|()| self.rows.forget(pod))
+            .and_then(|()| self.bridge.release(pod));
+        match &detached {
+            Ok(()) => self.failures.forget(pod),
+            Err(error) => self.failures.failed(pod, Instant::now(), error),
+        }
+        detached
+    }
+
+    /// The pod's namespace with nothing but its loopback in it.
+    fn make_namespace(&self, pod: &str, sysctls: &BTreeMap<String, String>) -> Result<Fresh> {
+        let mut fresh = self.pins.make(pod, sysctls)?;
+        fresh
+            .rtnl
+            .loopback_up()
+            .map_err(step("bring the pod's loopback up"))?;
+        Ok(fresh)
+    }
+
+    /// Removes what connects the pod, by its row's wiring, and its namespace; the row stays.
     fn take_down(&self, pod: &str) -> Result<()> {
-        // The pair goes with its namespace, but some time later: removed by name it is gone at once.
-        let pair = self.pair_name(pod);
-        self.rtnl()?
-            .delete_link(&pair)
-            .map_err(step("remove the pod's pair"))?;
+        match self.rows.get(pod) {
+            // A pair may be there whose row is lost.
+            Some(Wiring::Bridge(_)) | None => self.bridge.disconnect(pod)?,
+            Some(Wiring::Cni(record)) => {
+                // After a reboot there is none.
+                let netns = self.pins.open(pod)?.map(|_| self.pins.path(pod));
+                self.cni.delete(pod, &record, netns.as_deref())?;
+            }
+        }
         self.pins.remove(pod)
-    }
-
-    fn rtnl(&self) -> Result<Rtnl> {
-        Rtnl::open().map_err(step("open a route socket"))
-    }
-
-    fn bridge_name(&self) -> String {
-        format!("crc-{}", self.instance)
-    }
-
-    fn pair_name(&self, pod: &str) -> String {
-        bridge::pair_name(&self.instance, pod)
-    }
-
-    fn table_name(&self) -> String {
-        format!("coracle-{}", self.instance)
     }
 }
 
@@ -430,9 +456,20 @@ fn check_pod(pod: &str) -> Result<()> {
     Ok(())
 }
 
-fn step(step: impl Into<String>) -> impl FnOnce(coracle_kernel::Error) -> Error {
+fn step(step: impl Into<String>) -> impl FnOnce(KernelError) -> Error {
     let step = step.into();
     move |source| Error::Step { step, source }
+}
+
+/// An error and everything under it, in one line.
+fn chain_text(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut under = error.source();
+    while let Some(error) = under {
+        text += &format!(": {error}");
+        under = error.source();
+    }
+    text
 }
 
 /// A panic of another thread leaves the state as it was between two steps, which is a state that every step copes

@@ -12,7 +12,7 @@ use coracle_kernel::procfs::Procfs;
 use coracle_kernel::{Errno, Error as KernelError};
 
 use crate::rtnl::{LinkEvents, Rtnl};
-use crate::{Result, step};
+use crate::{AttachOptions, Error, Result, step};
 
 /// Most entries of the directory; every pod of every runtime on the host has one.
 const ENTRIES_MAX: usize = 1 << 16;
@@ -31,6 +31,17 @@ pub(crate) struct Fresh {
     pub(crate) namespace: OwnedFd,
     pub(crate) rtnl: Rtnl,
     pub(crate) events: LinkEvents,
+}
+
+/// What every pod's namespace gets unless told otherwise: ports below 1024 and ping without capabilities.
+#[must_use]
+pub fn default_sysctls() -> BTreeMap<String, String> {
+    [
+        ("net.ipv4.ip_unprivileged_port_start", "0"),
+        ("net.ipv4.ping_group_range", "0 2147483647"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .into()
 }
 
 impl Pins {
@@ -125,6 +136,23 @@ impl Pins {
     }
 }
 
+/// The sysctls of a pod's namespace.
+pub(crate) fn pod_sysctls(options: &AttachOptions) -> Result<BTreeMap<String, String>> {
+    let mut sysctls = default_sysctls();
+    for (name, value) in &options.sysctls {
+        // Only these are the namespace's; any other one would change the host.
+        if !name.starts_with("net.") && !name.starts_with("net/") {
+            let source = KernelError::new("sysctl", format!("{name:?}"), Errno::EINVAL);
+            return Err(Error::Step {
+                step: "set a sysctl of the pod's network".to_owned(),
+                source,
+            });
+        }
+        sysctls.insert(name.replace('/', "."), value.clone());
+    }
+    Ok(sysctls)
+}
+
 /// Runs `act` in a thread of its own that is in `namespace`: a thread that changed its namespace is of no use to
 /// anybody afterwards.
 #[cfg(test)]
@@ -167,4 +195,48 @@ fn make(sysctls: &BTreeMap<String, String>) -> Result<Fresh, KernelError> {
             Err(panic) => std::panic::resume_unwind(panic),
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use crate::tests::{Book, INSTANCE};
+    use crate::{AttachOptions, CniConfig, Error, Mode, Network};
+
+    fn mode() -> Mode {
+        Mode::Cni(CniConfig::default())
+    }
+
+    #[test]
+    fn names_that_could_leave_their_place_are_refused() {
+        let book: Arc<dyn crate::Book> = Arc::new(Book::default());
+        for instance in ["", "../x", "012345678", "xyz"] {
+            assert!(matches!(
+                Network::new(instance, mode(), book.clone()),
+                Err(Error::Name(_))
+            ));
+        }
+        let network = Network::new(INSTANCE, mode(), book).unwrap();
+        let long = "a".repeat(129);
+        for pod in [
+            "",
+            "..",
+            ".hidden",
+            "a/b",
+            "../../etc/passwd",
+            "a\0b",
+            "ä",
+            long.as_str(),
+        ] {
+            assert!(
+                matches!(
+                    network.attach(pod, &AttachOptions::default()),
+                    Err(Error::Name(_))
+                ),
+                "{pod:?}"
+            );
+            assert!(matches!(network.detach(pod), Err(Error::Name(_))), "{pod:?}");
+        }
+    }
 }

@@ -22,7 +22,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use crate::pool::Subnet;
+use crate::bridge::pool::Subnet;
 
 /// The kernel sends no datagram larger than this.
 pub(crate) const RECEIVE_BYTES: usize = 64 << 10;

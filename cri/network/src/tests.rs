@@ -7,27 +7,28 @@ use std::time::{Duration, Instant};
 use coracle_kernel::mount_attr::Propagation;
 use coracle_kernel::mount_old::{self, Flags};
 use coracle_kernel::namespace::{self, Kind, Kinds};
+use coracle_kernel::procfs::Procfs;
 use coracle_kernel::{Errno, seccomp, syscall};
 
 use super::*;
 use crate::netns::inside;
-use crate::rtnl::Pair;
+use crate::rtnl::{Pair, Rtnl};
 
 pub(crate) const INSTANCE: &str = "0a1b2c3d";
 
 #[derive(Default)]
 pub(crate) struct Book {
-    rows: Mutex<BTreeMap<String, Ipv4Addr>>,
+    pub(crate) rows: Mutex<BTreeMap<String, Wiring>>,
     fails: Mutex<bool>,
 }
 
-impl AddressBook for Book {
+impl super::Book for Book {
     fn load(&self) -> Result<Vec<Row>, BookError> {
         Ok(lock(&self.rows)
             .iter()
-            .map(|(pod, address)| Row {
+            .map(|(pod, wiring)| Row {
                 pod: pod.clone(),
-                address: *address,
+                wiring: wiring.clone(),
             })
             .collect())
     }
@@ -36,7 +37,7 @@ impl AddressBook for Book {
         if *lock(&self.fails) {
             return Err("the disk is full".into());
         }
-        lock(&self.rows).insert(row.pod.clone(), row.address);
+        lock(&self.rows).insert(row.pod.clone(), row.wiring.clone());
         Ok(())
     }
 
@@ -59,7 +60,7 @@ fn network(book: &Arc<Book>) -> Network {
 }
 
 fn network_on(book: &Arc<Book>, subnet: &str) -> Network {
-    let book: Arc<dyn AddressBook> = book.clone();
+    let book: Arc<dyn super::Book> = book.clone();
     Network::new(INSTANCE, Mode::Bridge(bridge(subnet)), book).unwrap()
 }
 
@@ -68,7 +69,7 @@ fn attach(network: &Network, pod: &str) -> Attachment {
 }
 
 /// Runs a test in a thread with a network and a /run of its own.
-fn isolated(test: impl FnOnce() + Send + 'static) {
+pub(crate) fn isolated(test: impl FnOnce() + Send + 'static) {
     let thread = std::thread::spawn(|| {
         match namespace::unshare(Kinds::NETWORK | Kinds::MOUNT) {
             Err(error) if error.errno() == Errno::EPERM => {
@@ -88,7 +89,7 @@ fn isolated(test: impl FnOnce() + Send + 'static) {
 }
 
 /// Names of all links here but loopback.
-fn links() -> Vec<String> {
+pub(crate) fn links() -> Vec<String> {
     let text = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
     let names = text
         .lines()
@@ -97,7 +98,7 @@ fn links() -> Vec<String> {
     names.filter(|name| name != "lo").collect()
 }
 
-fn pins() -> Vec<String> {
+pub(crate) fn pins() -> Vec<String> {
     let Ok(entries) = std::fs::read_dir("/run/netns") else {
         return Vec::new();
     };
@@ -121,13 +122,18 @@ fn tables() -> String {
         .unwrap_or_default()
 }
 
-/// Connects to `address`, a listener in `namespace`; the answer is the client's address as the listener saw it.
-fn dial(namespace: &OwnedFd, address: IpAddr) -> String {
-    let listener = inside(namespace, || TcpListener::bind("0.0.0.0:80").unwrap());
-    let server = std::thread::spawn(move || {
+/// Answers one client in `namespace` with the client's address, as the listener there saw it.
+pub(crate) fn serve_once(namespace: &OwnedFd, address: &str) -> std::thread::JoinHandle<()> {
+    let listener = inside(namespace, || TcpListener::bind(address).unwrap());
+    std::thread::spawn(move || {
         let (mut stream, peer) = listener.accept().unwrap();
         stream.write_all(peer.ip().to_string().as_bytes()).unwrap();
-    });
+    })
+}
+
+/// Connects to `address`, a listener in `namespace`; the answer is the client's address as the listener saw it.
+pub(crate) fn dial(namespace: &OwnedFd, address: IpAddr) -> String {
+    let server = serve_once(namespace, "0.0.0.0:80");
     let mut stream = TcpStream::connect_timeout(&(address, 80).into(), Duration::from_secs(10)).unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();
@@ -210,6 +216,7 @@ fn sysctls_of_the_pod_override_and_others_are_refused_without_a_trace() {
         let network = network(&book);
         let with = |name: &str, value: &str| AttachOptions {
             sysctls: BTreeMap::from([(name.to_owned(), value.to_owned())]),
+            ..AttachOptions::default()
         };
         let pod = network
             .attach("pod", &with("net/ipv4/ip_unprivileged_port_start", "1000"))
@@ -357,7 +364,12 @@ fn a_sweep_removes_what_no_living_pod_has_and_nothing_of_others() {
         attach(&first, "pair-left");
         first.pins.remove("pair-left").unwrap();
         lock(&book.rows).remove("pair-left");
-        lock(&book.rows).insert("row-alone".to_owned(), [10, 123, 0, 99].into());
+        let lease = BridgeLease {
+            address: [10, 123, 0, 99].into(),
+            v6: None,
+            ports: Vec::new(),
+        };
+        lock(&book.rows).insert("row-alone".to_owned(), Wiring::Bridge(lease));
         std::fs::write("/run/netns/coracle-0a1b2c3d-file-alone", "").unwrap();
         std::fs::write("/run/netns/coracle-ffffffff-other", "").unwrap();
         std::fs::write("/run/netns/cni-1", "").unwrap();
@@ -439,7 +451,7 @@ fn an_exhausted_pool_a_failing_book_and_a_taken_subnet_leave_nothing() {
 
         attach(&small, "pod");
         // Another instance with a subnet that contains the first one's.
-        let other_book: Arc<dyn AddressBook> = Arc::new(Book::default());
+        let other_book: Arc<dyn super::Book> = Arc::new(Book::default());
         let other = Network::new("ffffffff", Mode::Bridge(bridge("10.123.0.0/16")), other_book).unwrap();
         let text = other
             .attach("pod", &AttachOptions::default())
@@ -458,7 +470,7 @@ fn an_exhausted_pool_a_failing_book_and_a_taken_subnet_leave_nothing() {
 fn two_instances_and_many_pods_at_once_do_not_meet() {
     isolated(|| {
         let (one, two) = (Arc::new(Book::default()), Arc::new(Book::default()));
-        let second: Arc<dyn AddressBook> = two.clone();
+        let second: Arc<dyn super::Book> = two.clone();
         let first = network(&one);
         let second = Network::new("ffffffff", Mode::Bridge(bridge("10.124.0.0/24")), second).unwrap();
         std::thread::scope(|scope| {

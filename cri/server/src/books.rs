@@ -1,18 +1,27 @@
-//! The database as the image store and the address pool see it.
+//! The database as the image store and the pods' networks see it.
 
 use std::io;
 use std::net::Ipv4Addr;
 
 use coracle_image::{Change, Pending, Records};
-use coracle_network::{AddressBook, BookError, Row};
+use coracle_network::{Book, BookError, BridgeLease, Row, Wiring};
 use coracle_store::{Op, Record, Store, Table, boot_id};
+use serde::Deserialize;
 use tracing::warn;
 
 /// Rows of images.
 pub(crate) struct ImageRows(pub(crate) Store);
 
-/// Leases of pod addresses.
-pub(crate) struct AddressRows(pub(crate) Store);
+/// Rows of pods' networks.
+pub(crate) struct NetworkRows(pub(crate) Store);
+
+/// A network's row as this release writes it, or as the first one did.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum StoredWiring {
+    Now(Wiring),
+    Address(Ipv4Addr),
+}
 
 impl Records for ImageRows {
     fn load(&self) -> io::Result<Vec<(String, Vec<u8>)>> {
@@ -58,26 +67,31 @@ impl Records for ImageRows {
     }
 }
 
-impl AddressBook for AddressRows {
+impl Book for NetworkRows {
     fn load(&self) -> Result<Vec<Row>, BookError> {
-        let loaded = self.0.load::<Ipv4Addr>(Table::Addresses)?;
+        let loaded = self.0.load::<StoredWiring>(Table::Addresses)?;
         for bad in &loaded.bad {
-            warn!(pod = bad.key, error = %bad.error, "an address's record cannot be read and was set aside");
+            warn!(pod = bad.key, error = %bad.error, "a network's record cannot be read and was set aside");
         }
-        Ok(loaded
-            .rows
-            .into_iter()
-            .map(|(pod, record)| Row {
-                pod,
-                address: record.body,
-            })
-            .collect())
+        let wiring = |stored| match stored {
+            StoredWiring::Now(wiring) => wiring,
+            StoredWiring::Address(address) => Wiring::Bridge(BridgeLease {
+                address,
+                v6: None,
+                ports: Vec::new(),
+            }),
+        };
+        let rows = loaded.rows.into_iter().map(|(pod, record)| Row {
+            pod,
+            wiring: wiring(record.body),
+        });
+        Ok(rows.collect())
     }
 
     fn save(&self, row: &Row) -> Result<(), BookError> {
         let record = Record {
             boot: boot_id()?,
-            body: row.address,
+            body: row.wiring.clone(),
             request: Vec::new(),
         };
         let op = Op::Put {

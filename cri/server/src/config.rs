@@ -102,13 +102,21 @@ pub(crate) struct Network {
     pub(crate) subnet: String,
     /// MTU of the built-in bridge.
     pub(crate) mtu: u32,
+    /// Directory of CNI configurations; the first valid one by name is the network.
+    pub(crate) cni_conf_dir: PathBuf,
+    /// Where CNI plugins are looked for, in this order.
+    pub(crate) cni_bin_dirs: Vec<PathBuf>,
+    /// How long the plugins of one pod may take for one operation, all together.
+    pub(crate) cni_timeout_seconds: u32,
+    /// Template of a CNI configuration, filled in with the kubelet's pod CIDR where there is no other; empty: none.
+    pub(crate) cni_conf_template: PathBuf,
 }
 
 /// Who connects pods.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum NetworkMode {
-    /// CNI plugins: not part of this release, only host-network pods run.
+    /// CNI plugins.
     #[default]
     Cni,
     /// The built-in bridge.
@@ -166,6 +174,10 @@ impl Default for Network {
             mode: NetworkMode::default(),
             subnet: "10.244.0.0/16".into(),
             mtu: 1500,
+            cni_conf_dir: "/etc/cni/net.d".into(),
+            cni_bin_dirs: vec!["/opt/cni/bin".into()],
+            cni_timeout_seconds: 90,
+            cni_conf_template: PathBuf::new(),
         }
     }
 }
@@ -222,6 +234,17 @@ impl Config {
             self.network.mtu
         );
         ensure!(
+            (1..=3600).contains(&self.network.cni_timeout_seconds),
+            "[network] cni_timeout_seconds {} is not within 1 and 3600",
+            self.network.cni_timeout_seconds
+        );
+        // They become a list with colons for the plugins.
+        let dirs = &self.network.cni_bin_dirs;
+        ensure!(
+            !dirs.is_empty() && !dirs.iter().any(|dir| dir.to_string_lossy().contains(':')),
+            "[network] cni_bin_dirs is empty, or one of them has a colon in it"
+        );
+        ensure!(
             self.runtime.cgroup_driver != CgroupDriver::Systemd,
             "[runtime] cgroup_driver = \"systemd\" is not part of this release; use \"cgroupfs\", and the same in the kubelet"
         );
@@ -231,10 +254,24 @@ impl Config {
             self.stream.address
         );
         ensure!(self.image.fetch_uid != 0, "[image] fetch_uid must not be root");
+        let template = Some(&self.network.cni_conf_template).filter(|path| !path.as_os_str().is_empty());
+        let cni = template
+            .map(|path| ("[network] cni_conf_template", path))
+            .into_iter();
+        let cni = cni.chain(
+            self.network
+                .cni_bin_dirs
+                .iter()
+                .map(|dir| ("[network] cni_bin_dirs", dir)),
+        );
         for (key, path) in [
             ("[server] socket", &self.server.socket),
             ("[image] certs_dir", &self.image.certs_dir),
-        ] {
+            ("[network] cni_conf_dir", &self.network.cni_conf_dir),
+        ]
+        .into_iter()
+        .chain(cni)
+        {
             ensure!(
                 path.is_absolute(),
                 "{key} {} is not an absolute path",
@@ -451,6 +488,11 @@ mod tests {
             ("[network]\nsubnet = \"10.0.0.0/31\"\n", "subnet"),
             ("[network]\nmtu = 5\n", "mtu"),
             ("[network]\nmode = \"vlan\"\n", "mode"),
+            ("[network]\ncni_bin_dirs = []\n", "cni_bin_dirs"),
+            ("[network]\ncni_bin_dirs = [\"bin\"]\n", "cni_bin_dirs"),
+            ("[network]\ncni_bin_dirs = [\"/a:/b\"]\n", "cni_bin_dirs"),
+            ("[network]\ncni_conf_template = \"x\"\n", "cni_conf_template"),
+            ("[network]\ncni_timeout_seconds = 0\n", "cni_timeout_seconds"),
             ("[runtime]\ncgroup_driver = \"systemd\"\n", "cgroup_driver"),
             ("[image]\nfetch_uid = 0\n", "fetch_uid"),
             ("[server]\nsocket = \"run/x\"\n", "socket"),

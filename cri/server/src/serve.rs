@@ -10,7 +10,7 @@ use coracle_cgroup::Host;
 use coracle_engine::spec_gen::{Defaults, UnsetSeccomp};
 use coracle_engine::{Engine, EngineConfig, Parts};
 use coracle_image::{Digest, Home, ImageStore, PullOptions, StoreOptions, Workers};
-use coracle_network::{Bridge, Mode, Network, Subnet};
+use coracle_network::{Bridge, CniConfig, Mode, Network, Subnet};
 use coracle_proto::admin::admin_server::AdminServer;
 use coracle_proto::cri::image_service_server::ImageServiceServer;
 use coracle_proto::cri::runtime_service_server::RuntimeServiceServer;
@@ -24,7 +24,7 @@ use tonic::transport::Server;
 use tracing::{debug, error, info, warn};
 
 use crate::args::Serve;
-use crate::books::{AddressRows, ImageRows};
+use crate::books::{ImageRows, NetworkRows};
 use crate::config::{self, Config, MountApi, NetworkMode};
 use crate::notify::notify;
 use crate::service::{AdminService, Images, Runtime, Shared};
@@ -78,7 +78,7 @@ impl Base {
             .take(8)
             .collect();
         let store = open_store(&directories.root.join("meta.db"))?;
-        let network = open_network(flags, config, &instance, store.clone())?;
+        let network = open_network(flags, config, &instance, &directories.root, store.clone())?;
         Ok(Self {
             directories,
             binary,
@@ -291,7 +291,13 @@ fn leave_cgroups(instance: &str) {
     }
 }
 
-fn open_network(flags: &Serve, config: &Config, instance: &str, store: Store) -> Result<Network> {
+fn open_network(
+    flags: &Serve,
+    config: &Config,
+    instance: &str,
+    root: &Path,
+    store: Store,
+) -> Result<Network> {
     let mode = match flags.network.unwrap_or(config.network.mode) {
         NetworkMode::Bridge => {
             let (address, prefix) = config.subnet()?;
@@ -301,11 +307,16 @@ fn open_network(flags: &Serve, config: &Config, instance: &str, store: Store) ->
                 masquerade: true,
             })
         }
-        NetworkMode::Cni => {
-            Mode::HostOnly("CNI is not part of this release: set [network] mode = \"bridge\"")
-        }
+        NetworkMode::Cni => Mode::Cni(CniConfig {
+            conf_dir: config.network.cni_conf_dir.clone(),
+            bin_dirs: config.network.cni_bin_dirs.clone(),
+            timeout: Duration::from_secs(config.network.cni_timeout_seconds.into()),
+            template: Some(config.network.cni_conf_template.clone())
+                .filter(|path| !path.as_os_str().is_empty()),
+            pod_cidr_file: Some(root.join("pod-cidr")),
+        }),
     };
-    Ok(Network::new(instance, mode, Arc::new(AddressRows(store)))?)
+    Ok(Network::new(instance, mode, Arc::new(NetworkRows(store)))?)
 }
 
 async fn open_streams(config: &Config, engine: &Engine) -> Result<Arc<StreamServer<EngineSessions>>> {

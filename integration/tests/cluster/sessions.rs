@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use coracle_integration::cell::wait_for;
 use coracle_integration::kubelet::{container_status, is_ready};
+use coracle_kernel::epoll::{self, Interest};
 use coracle_kernel::tty;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
@@ -111,7 +112,7 @@ fn exec_with_a_terminal(scene: &mut Scene<'_>) -> Result<()> {
     session.type_in("\x03")?;
     session.type_in("echo inter-rupted; exit 7\n")?;
     session.wait_for("\ninter-rupted\r\n")?;
-    let status = session.child.wait()?;
+    let status = wait_for("kubectl to end", MINUTE, || Ok(session.child.try_wait()?))?;
     ensure!(status.code() == Some(7), "{status}");
     Ok(())
 }
@@ -372,6 +373,8 @@ impl Session {
     fn wait_for(&mut self, wanted: &str) -> Result<()> {
         let mut buffer = [0; 4096];
         while !self.seen.contains(wanted) {
+            let ready = epoll::wait_one(&self.master, Interest::READ, Some(MINUTE))?;
+            ensure!(!ready.is_empty(), "nothing more came: {:?}", self.seen);
             let count = self
                 .master
                 .read(&mut buffer)

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a call that should have failed fails the test")]
 
+mod cni;
 mod containers;
 mod exec;
 mod faults;
@@ -99,6 +100,7 @@ fn main() -> ExitCode {
         oracle::all(),
         monitors::all(),
         kill9::all(),
+        cni::all(),
     ];
     let wanted: Vec<Test> = all
         .into_iter()

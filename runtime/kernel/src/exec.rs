@@ -37,6 +37,8 @@ pub struct Spawn<'a> {
     pub cwd: Option<BorrowedFd<'a>>,
     /// Whether it leads a session of its own.
     pub new_session: bool,
+    /// Whether it is killed when the thread that starts it ends: for callers that wait for it in that thread.
+    pub dies_with_caller: bool,
 }
 
 impl<'a> Spawn<'a> {
@@ -52,14 +54,15 @@ impl<'a> Spawn<'a> {
             cgroup_procs: &[],
             cwd: None,
             new_session: false,
+            dies_with_caller: false,
         }
     }
 
     /// Starts it and returns when it runs. A failure of the child up to and with execve comes back as the error of
     /// the call that failed, with no child left over.
     ///
-    /// Every signal has its default action and none is blocked in the new program; it does not die with the thread
-    /// that started it. Safe in a threaded process: between clone and execve nothing is allocated or locked.
+    /// Every signal has its default action and none is blocked in the new program; unless asked for it does not die
+    /// with the thread that started it. Safe in a threaded process: between clone and execve nothing is allocated or locked.
     pub fn spawn(self) -> Result<Child> {
         let above = self
             .fds
@@ -88,6 +91,7 @@ impl<'a> Spawn<'a> {
             Program::Path(_) => None,
         };
         let (args, env) = (pointers(self.args), pointers(self.env));
+        let caller = self.dies_with_caller.then(crate::clone::own_pid);
 
         let mask = signal::set_mask(Set::ALL);
         let child = Clone3 {
@@ -95,7 +99,7 @@ impl<'a> Spawn<'a> {
             ..Clone3::default()
         }
         .raw(|| {
-            let (step, errno) = self.become_program(program.as_ref(), &pairs, &args, &env);
+            let (step, errno) = self.become_program(program.as_ref(), &pairs, &args, &env, caller);
             let mut report = [0; 8];
             report[..4].copy_from_slice(&(step as u32).to_ne_bytes());
             report[4..].copy_from_slice(&errno.raw().to_ne_bytes());
@@ -132,9 +136,20 @@ impl<'a> Spawn<'a> {
         pairs: &[(BorrowedFd<'_>, i32)],
         args: &[*const c_char],
         env: &[*const c_char],
+        caller: Option<i32>,
     ) -> (Step, Errno) {
         signal::reset_dispositions();
         signal::set_mask(Set::EMPTY);
+        if let Some(caller) = caller {
+            // SAFETY: takes numbers only.
+            if unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } < 0 {
+                return (Step::Caller, Errno::last());
+            }
+            // It may have ended before: then there is nobody left to die with.
+            if crate::clone::parent_pid() != caller {
+                return (Step::Caller, Errno::ESRCH);
+            }
+        }
         for procs in self.cgroup_procs {
             if let Err(errno) = fd::write(procs, b"0") {
                 return (Step::Cgroup, errno);
@@ -179,6 +194,7 @@ impl<'a> Spawn<'a> {
             step if step == Step::Cwd as u32 => "fchdir",
             step if step == Step::Session as u32 => "setsid",
             step if step == Step::Descriptors as u32 => "dup2",
+            step if step == Step::Caller as u32 => "prctl",
             _ => "execveat",
         };
         let args = match (call, self.program) {
@@ -197,6 +213,7 @@ enum Step {
     Cwd,
     Session,
     Descriptors,
+    Caller,
     Execute,
 }
 
@@ -344,6 +361,29 @@ mod tests {
             error.to_string(),
             "execveat(\"/nonexistent/x\"): No such file or directory"
         );
+    }
+
+    #[test]
+    fn a_program_dies_with_its_caller_only_if_asked_to() {
+        let args = strings(&["sleep", "1000"]);
+        let started = |dies_with_caller: bool| {
+            let start = || {
+                Spawn {
+                    dies_with_caller,
+                    ..Spawn::new(Program::Path(c"/bin/sleep"), &args)
+                }
+                .spawn()
+                .unwrap()
+            };
+            std::thread::scope(|scope| scope.spawn(start).join().unwrap())
+        };
+        let survivor = started(false);
+        let child = started(true);
+        let end = wait(Id::Pidfd(child.pidfd.as_fd())).unwrap();
+        assert_eq!(end.status, Status::Signaled(libc::SIGKILL));
+        crate::pidfd::send_signal(&survivor.pidfd, signal::Signal::TERM).unwrap();
+        let end = wait(Id::Pidfd(survivor.pidfd.as_fd())).unwrap();
+        assert_eq!(end.status, Status::Signaled(libc::SIGTERM));
     }
 
     #[test]

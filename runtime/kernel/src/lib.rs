@@ -15,6 +15,7 @@ pub mod file;
 pub mod heap;
 pub mod idmap;
 mod inode;
+pub mod inotify;
 pub mod keyring;
 pub mod landlock;
 pub mod link;

@@ -1,9 +1,6 @@
 //! RunPodSandbox: the intent on the disk, the pod's files, its network, its monitor.
 
-use std::collections::BTreeMap;
-
 use coracle_cgroup::Location;
-use coracle_network::AttachOptions;
 use coracle_proto::cri::{NamespaceMode, PodSandboxConfig};
 use coracle_spec::oci::LinuxResources;
 use tracing::warn;
@@ -51,10 +48,9 @@ async fn make(pod: &PodHandle) -> Result<()> {
     failpoint::reach("run.files").await?;
 
     // The monitor starts while the network is made: neither needs the other before the set-up.
-    let (of_network, of_others): (BTreeMap<_, _>, BTreeMap<_, _>) = spec_gen::sysctls(&config)?
-        .into_iter()
-        .partition(|(name, _)| name.starts_with("net."));
-    let (network, monitor) = tokio::join!(attach(pod, &config, of_network), start_monitor(pod));
+    let mut sysctls = spec_gen::sysctls(&config)?;
+    sysctls.retain(|(name, _)| !name.starts_with("net."));
+    let (network, monitor) = tokio::join!(attach(pod, &config), start_monitor(pod));
     // Whatever came to be is kept where the undoing finds it.
     if let Ok(monitor) = &monitor {
         pod.set_monitor(Some(monitor.clone()));
@@ -71,7 +67,7 @@ async fn make(pod: &PodHandle) -> Result<()> {
         pod_id: pod.id().to_owned(),
         pod_dir: core.paths.pod(pod.id()),
         hostname: files::hostname(core, &config),
-        sysctls: of_others.into_iter().collect(),
+        sysctls,
         options,
         pid_cgroup,
         netns: network.as_ref().map(|network| network.netns.clone()),
@@ -90,19 +86,18 @@ async fn make(pod: &PodHandle) -> Result<()> {
     failpoint::reach("run.ready").await
 }
 
-async fn attach(
-    pod: &PodHandle,
-    config: &PodSandboxConfig,
-    sysctls: BTreeMap<String, String>,
-) -> Result<Option<NetworkRecord>> {
+async fn attach(pod: &PodHandle, config: &PodSandboxConfig) -> Result<Option<NetworkRecord>> {
     if is_host_network(config) {
         return Ok(None);
     }
     let (network, id) = (pod.core().network.clone(), pod.id().to_owned());
-    let options = AttachOptions { sysctls };
-    let attached = blocking(move || network.attach(&id, &options))
-        .await?
-        .step("attach the pod's network")?;
+    let options = spec_gen::network(config)?;
+    let attached = blocking(move || network.attach(&id, &options)).await?;
+    if attached.is_err() {
+        // It may have left something that is to be tried again.
+        pod.core().network_failed.notify_one();
+    }
+    let attached = attached.step("attach the pod's network")?;
     failpoint::reach("run.network").await?;
     Ok(Some(NetworkRecord {
         mode: pod.core().network.mode().to_owned(),

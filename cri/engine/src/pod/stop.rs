@@ -47,18 +47,29 @@ pub(super) async fn stop(pod: PodHandle, reason: &'static str) -> Result<()> {
 
 /// Releases what a sandbox holds apart from its containers and its files: network and monitor.
 pub(crate) async fn release(pod: &PodHandle) -> Result<()> {
-    // Processes first: a network that cannot be taken down must not keep them alive.
+    // Processes first, whatever the network does.
     if namespace_options(&pod.view().config).pid() == NamespaceMode::Pod {
         let cgroup = cgroup_manager(pod.core().cgroups.clone(), super::run::init_cgroup(pod)?).await?;
         kill_and_remove(cgroup).await?;
     }
-    if pod.view().record.network.is_some() {
-        let (network, id) = (pod.core().network.clone(), pod.id().to_owned());
-        blocking(move || network.detach(&id))
-            .await?
-            .step("detach the pod's network")?;
-    }
+    // A plugin that fails must not keep the rest; its failure is told at the end.
+    let detached = detach(pod).await;
     failpoint::reach("stop-pod.network").await?;
     crate::monitor::end(pod).await?;
-    failpoint::reach("stop-pod.monitor").await
+    failpoint::reach("stop-pod.monitor").await?;
+    detached
+}
+
+async fn detach(pod: &PodHandle) -> Result<()> {
+    if pod.view().record.network.is_none() {
+        return Ok(());
+    }
+    let (network, id) = (pod.core().network.clone(), pod.id().to_owned());
+    let detached = blocking(move || network.detach(&id))
+        .await?
+        .step("detach the pod's network");
+    if detached.is_err() {
+        pod.core().network_failed.notify_one();
+    }
+    detached
 }

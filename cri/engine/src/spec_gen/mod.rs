@@ -10,6 +10,7 @@ mod env;
 mod error;
 mod mounts;
 mod namespaces;
+mod network;
 mod pod;
 mod process;
 mod resources;
@@ -20,6 +21,7 @@ use coracle_proto::cri::{ContainerConfig, LinuxContainerSecurityContext, PodSand
 use coracle_spec::{Config, LoadError, OCI_VERSION};
 use serde_json::{Value, json};
 
+pub use network::network;
 pub use pod::{check_pod, sysctls};
 pub use process::exec_process;
 

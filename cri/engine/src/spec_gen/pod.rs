@@ -52,14 +52,7 @@ pub fn check_pod(pod: &PodSandboxConfig) -> std::result::Result<(), SpecError> {
         }
         security::check_selinux(CONTEXT, context.privileged, context.selinux_options.as_ref())?;
     }
-    if options.network() != NamespaceMode::Node {
-        for (i, mapping) in pod.port_mappings.iter().enumerate() {
-            if mapping.host_port != 0 {
-                let field = format!("config.port_mappings[{i}].host_port");
-                return Err(unsupported(field, "a port of the host"));
-            }
-        }
-    }
+    super::network(pod)?;
     sysctls(pod).map(|_| ())
 }
 
@@ -153,8 +146,8 @@ pub(super) fn check_privileged(pod: &PodSandboxConfig, privileged: bool) -> Resu
 #[cfg(test)]
 mod tests {
     use coracle_proto::cri::{
-        Int64Value, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption, PortMapping,
-        SeLinuxOption, UserNamespace,
+        Int64Value, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption, SeLinuxOption,
+        UserNamespace,
     };
 
     use super::*;
@@ -304,28 +297,5 @@ mod tests {
             assert!(error.starts_with(&format!("{CONTEXT}.{field}")), "{error}");
         }
         options(&|o| o.pid = 1).unwrap();
-    }
-
-    #[test]
-    fn ports_of_the_host_are_refused_unless_the_pod_is_on_it() {
-        let with = |options: NamespaceOption, host_port: i32| {
-            let mut pod = pod(options, &[]);
-            pod.port_mappings = vec![PortMapping {
-                container_port: 80,
-                host_port,
-                ..Default::default()
-            }];
-            check_pod(&pod)
-        };
-        with(Default::default(), 0).unwrap();
-        with(Default::default(), 80).unwrap_err();
-        with(
-            NamespaceOption {
-                network: NamespaceMode::Node.into(),
-                ..Default::default()
-            },
-            80,
-        )
-        .unwrap();
     }
 }

@@ -8,7 +8,7 @@ use tokio_stream::Empty;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{Shared, not_done};
-use crate::status::of_engine;
+use crate::status::{chain, of_engine};
 
 /// The runtime service.
 pub(crate) struct Runtime(pub(crate) Shared);
@@ -42,7 +42,10 @@ impl RuntimeService for Runtime {
             condition("RuntimeReady", None),
             condition(
                 "NetworkReady",
-                network.not_ready.map(|why| ("NetworkPluginNotReady", why)),
+                network
+                    .not_ready
+                    .as_deref()
+                    .map(|why| ("NetworkPluginNotReady", why)),
             ),
         ];
         let mut info = std::collections::HashMap::new();
@@ -100,14 +103,17 @@ impl RuntimeService for Runtime {
             .into_inner()
             .runtime_config
             .and_then(|config| config.network_config);
-        if let Some(cidr) = network
-            .map(|network| network.pod_cidr)
-            .filter(|cidr| !cidr.is_empty())
-        {
+        let cidr = network.map(|network| network.pod_cidr).unwrap_or_default();
+        if !cidr.is_empty() {
             tracing::info!(
                 cidr,
-                "the node's pod addresses are configured by [network] subnet; the kubelet's are noted only"
+                mode = self.0.network.mode(),
+                "the node's pod addresses; the built-in bridge has its own"
             );
+            let network = self.0.network.clone();
+            let set = tokio::task::spawn_blocking(move || network.set_pod_cidr(&cidr)).await;
+            set.map_err(|error| Status::internal(chain(&error)))?
+                .map_err(|error| Status::internal(chain(&error)))?;
         }
         Ok(Response::new(v1::UpdateRuntimeConfigResponse {}))
     }

@@ -184,7 +184,9 @@ proptest! {
 fn near_frames_of_fixed_seeds_are_survived() {
     let mut seed = 0x5eed_u64;
     let mut next = move || {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        seed = seed
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         (seed >> 33) as u32
     };
     for _ in 0..3000 {

@@ -58,7 +58,7 @@ fn sandboxes_are_checked_before_anything_is_made() {
         ];
     });
     assert!(
-        mapped.starts_with("config.port_mappings[1].host_port"),
+        mapped.starts_with("config.port_mappings[1].container_port"),
         "{mapped}"
     );
 }

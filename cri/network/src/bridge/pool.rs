@@ -156,10 +156,6 @@ impl Pool {
         self.by_pod.get(pod).copied()
     }
 
-    pub(crate) fn contains(&self, pod: &str) -> bool {
-        self.by_pod.contains_key(pod)
-    }
-
     pub(crate) fn is_empty(&self) -> bool {
         self.by_pod.is_empty()
     }

@@ -14,7 +14,7 @@ use netlink_packet_netfilter::{
 };
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
-use crate::pool::Subnet;
+use super::pool::Subnet;
 use crate::rtnl;
 
 const CHAIN: &str = "postrouting";
@@ -29,7 +29,7 @@ const SOURCE: u32 = 12;
 const DESTINATION: u32 = 16;
 
 /// What leaves `subnet` gets the address of the interface that it leaves by. In place of a table of an earlier life.
-pub(crate) fn install(table: &str, subnet: Subnet) -> Result<()> {
+pub(super) fn install(table: &str, subnet: Subnet) -> Result<()> {
     let name = || TableMessage {
         attributes: vec![TableAttribute::Name(table.to_owned())],
     };
@@ -69,7 +69,7 @@ pub(crate) fn install(table: &str, subnet: Subnet) -> Result<()> {
 }
 
 /// Removes the table; none there is no error.
-pub(crate) fn remove(table: &str) -> Result<()> {
+pub(super) fn remove(table: &str) -> Result<()> {
     let name = TableMessage {
         attributes: vec![TableAttribute::Name(table.to_owned())],
     };
