@@ -94,7 +94,7 @@ fn exec_without_a_terminal(scene: &mut Scene<'_>) -> Result<()> {
 fn exec_with_a_terminal(scene: &mut Scene<'_>) -> Result<()> {
     start(scene, "terminal", "exec sleep 3600")?;
     let mut session = Session::start(
-        scene.cluster.kubectl(&["exec", "-it", "terminal", "--", "sh"]),
+        &scene.cluster.kubectl(&["exec", "-it", "terminal", "--", "sh"]),
         (31, 97),
     )?;
     session.type_in("stty size; echo $TERM\n")?;
@@ -108,7 +108,8 @@ fn exec_with_a_terminal(scene: &mut Scene<'_>) -> Result<()> {
     )?;
     session.type_in("while [ \"$(stty size)\" != '45 120' ]; do sleep 0.1; done; echo re-sized\n")?;
     session.wait_for("\nre-sized\r\n")?;
-    session.type_in("sleep 1000\n")?;
+    session.type_in("sh -c 'echo sle-eping; exec sleep 1000'\n")?;
+    session.wait_for("\nsle-eping\r\n")?;
     session.type_in("\x03")?;
     session.type_in("echo inter-rupted; exit 7\n")?;
     session.wait_for("\ninter-rupted\r\n")?;
@@ -164,49 +165,69 @@ fn attach_and_run(scene: &mut Scene<'_>) -> Result<()> {
 fn ports_are_forwarded(scene: &mut Scene<'_>) -> Result<()> {
     let script = "mkdir /tmp/www; dd if=/dev/urandom of=/tmp/www/much bs=1M count=24; \
                   (cd /tmp/www; sha256sum much >sum); exec httpd -f -p 127.0.0.1:8080 -h /tmp/www";
-    start(scene, "ports", script)?;
-    let mut command = scene
-        .cluster
-        .kubectl(&["port-forward", "pod/ports", ":8080", ":9999"]);
-    let mut forward = Background::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()))?;
-    let mut stdout = BufReader::new(forward.0.stdout.take().context("it has a stdout")?);
-    let mut port = |remote: u16| -> Result<u16> {
-        let mut line = String::new();
-        while !(line.contains("127.0.0.1:") && line.contains(&format!("-> {remote}"))) {
-            line.clear();
-            ensure!(stdout.read_line(&mut line)? > 0, "port-forward ended");
-        }
-        let number = line
-            .split_once("127.0.0.1:")
-            .and_then(|(_, rest)| rest.split_whitespace().next());
-        number.context("no port")?.parse().context("a port")
-    };
-    let (web, closed) = (port(8080)?, port(9999)?);
-    wait_for("the web server", MINUTE, || {
+    let mut ports = pod("ports", &scene.image, script);
+    let listens = ["wget", "-q", "-O", "/dev/null", "http://127.0.0.1:8080/sum"];
+    ports["spec"]["containers"][0]["readinessProbe"] =
+        json!({"exec": {"command": listens}, "periodSeconds": 1});
+    scene.cluster.apply(&[ports])?;
+    scene.cluster.wait_pod("ports", "to be ready", is_ready)?;
+    for websockets in ["true", "false"] {
+        let (_forward, port) = forward(scene, 8080, websockets)?;
+        // Eight at once, each whole.
+        let script = format!(
+            "cd {dir}; curl -sf http://127.0.0.1:{port}/sum >sum; \
+             for n in 1 2 3 4 5 6 7 8; do curl -sf http://127.0.0.1:{port}/much >much$n & done; wait; \
+             for n in 1 2 3 4 5 6 7 8; do mv much$n much; sha256sum -c --quiet sum; done",
+            dir = scene.cell.dir().display()
+        );
         scene
             .cell
-            .sh(&format!("curl -sf http://127.0.0.1:{web}/sum"))
-            .map(Some)
-    })?;
-    // Eight at once, each whole.
-    let script = format!(
-        "cd {dir}; curl -sf http://127.0.0.1:{web}/sum >sum; \
-         for n in 1 2 3 4 5 6 7 8; do curl -sf http://127.0.0.1:{web}/much >much$n & done; wait; \
-         for n in 1 2 3 4 5 6 7 8; do mv much$n much; sha256sum -c --quiet sum; done",
-        dir = scene.cell.dir().display()
-    );
-    scene.cell.sh(&script)?;
-    // A port that nobody listens on ends its own connection, with the reason, and no other.
-    scene.cell.sh(&format!(
-        "curl -s -m 20 http://127.0.0.1:{closed}/ && exit 1 || exit 0"
-    ))?;
-    let _ = forward.0.kill();
-    let mut errors = String::new();
-    if let Some(mut stderr) = forward.0.stderr.take() {
-        stderr.read_to_string(&mut errors)?;
+            .sh(&script)
+            .with_context(|| format!("websockets: {websockets}"))?;
     }
-    ensure!(errors.contains("9999") && errors.contains("refused"), "{errors}");
+    // Nobody listens there: the client is told.
+    let (mut closed, port) = forward(scene, 9999, "true")?;
+    scene
+        .cell
+        .sh(&format!("curl -s -m 20 http://127.0.0.1:{port}/ || true"))?;
+    let mut errors = String::new();
+    let status = wait_for("kubectl to give up", MINUTE, || Ok(closed.0.try_wait()?))?;
+    closed
+        .0
+        .stderr
+        .take()
+        .context("it has a stderr")?
+        .read_to_string(&mut errors)?;
+    ensure!(
+        errors.contains("connect to port 9999") && errors.contains("refused"),
+        "{status}: {errors}"
+    );
     Ok(())
+}
+
+/// kubectl port-forward to a port of the pod, and the local port.
+fn forward(scene: &Scene<'_>, remote: u16, websockets: &str) -> Result<(Background, u16)> {
+    let mut command = scene
+        .cluster
+        .kubectl(&["port-forward", "pod/ports", &format!(":{remote}")]);
+    command
+        .env("KUBECTL_PORT_FORWARD_WEBSOCKETS", websockets)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut forward = Background(command.spawn()?);
+    let mut stdout = BufReader::new(forward.0.stdout.take().context("it has a stdout")?);
+    let mut line = String::new();
+    while !line.contains("127.0.0.1:") {
+        line.clear();
+        ensure!(stdout.read_line(&mut line)? > 0, "port-forward ended");
+    }
+    let number = line
+        .split_once("127.0.0.1:")
+        .and_then(|(_, rest)| rest.split_whitespace().next());
+    let port = number.context("no port")?.parse().context("a port")?;
+    // What else it prints nobody waits for; without a reader it would fail.
+    std::thread::spawn(move || std::io::copy(&mut stdout, &mut std::io::sink()));
+    Ok((forward, port))
 }
 
 fn files_are_copied(scene: &mut Scene<'_>) -> Result<()> {
@@ -326,12 +347,6 @@ fn with_input(mut command: Command, input: &[u8]) -> Result<Output> {
 /// A command in the background, ended with the test.
 struct Background(Child);
 
-impl Background {
-    fn start(command: &mut Command) -> Result<Background> {
-        Ok(Background(command.spawn()?))
-    }
-}
-
 impl Drop for Background {
     fn drop(&mut self) {
         let _ = self.0.kill();
@@ -347,17 +362,28 @@ struct Session {
 }
 
 impl Session {
-    fn start(mut command: Command, (rows, columns): (u16, u16)) -> Result<Session> {
+    fn start(command: &Command, (rows, columns): (u16, u16)) -> Result<Session> {
         let master = tty::open_master()?;
         tty::unlock(&master)?;
         let slave = tty::open_slave(&master)?;
         tty::set_size(&master, tty::Size { rows, columns })?;
-        command
+        // Changes of the size are told to the processes of the session whose terminal it is.
+        let mut session = Command::new("setsid");
+        session
+            .args(["--ctty", "--wait"])
+            .arg(command.get_program())
+            .args(command.get_args())
+            .env_clear()
+            .envs(
+                command
+                    .get_envs()
+                    .filter_map(|(name, value)| Some((name, value?))),
+            )
             .env("TERM", "xterm")
             .stdin(slave.try_clone()?)
             .stdout(slave.try_clone()?)
             .stderr(slave);
-        let child = command.spawn()?;
+        let child = session.spawn()?;
         Ok(Session {
             child,
             master: master.into(),
