@@ -10,6 +10,7 @@
 
 mod bridge;
 mod cni;
+mod netlink;
 mod netns;
 mod retry;
 mod rows;
@@ -27,7 +28,7 @@ use coracle_kernel::Error as KernelError;
 use serde::{Deserialize, Serialize};
 
 use crate::bridge::BridgeNetwork;
-pub use crate::bridge::pool::Subnet;
+pub use crate::bridge::subnet::{Subnet, SubnetV6};
 use crate::cni::CniNetwork;
 pub use crate::cni::{CniConfig, CniError, CniRecord, ConfError, Watch};
 pub use crate::netns::default_sysctls;
@@ -55,7 +56,10 @@ pub enum Error {
         why: &'static str,
     },
     /// The subnet has no free address.
-    #[error("no free address in {subnet}: {taken} pods have one each")]
+    #[error(
+        "no free address in {subnet}: {taken} of its {} are taken; remove pods, or set a larger [network] subnet",
+        subnet.capacity()
+    )]
     Exhausted {
         /// The subnet.
         subnet: Subnet,
@@ -63,12 +67,32 @@ pub enum Error {
         taken: usize,
     },
     /// The subnet is routed elsewhere already.
-    #[error("subnet {subnet} overlaps the host's route to {route}: set another [network] subnet")]
+    #[error("subnet {subnet} overlaps the host's route to {route} by {link}: set another [network] {key}")]
     SubnetInUse {
         /// The pods' subnet.
-        subnet: Subnet,
+        subnet: String,
         /// The route that is there.
-        route: Subnet,
+        route: String,
+        /// The device that it leads to: `crc-…` is the bridge of another instance.
+        link: String,
+        /// The configuration's key.
+        key: &'static str,
+    },
+    /// A port of the host that another pod has.
+    #[error("host port {port} is taken by pod {pod}")]
+    HostPortTaken {
+        /// Port, protocol and address.
+        port: String,
+        /// Who has it.
+        pod: String,
+    },
+    /// A port of the host that cannot be had.
+    #[error("host port {port}: {why}")]
+    HostPort {
+        /// Port, protocol and address.
+        port: String,
+        /// What is in the way, with the cure where there is one.
+        why: &'static str,
     },
     /// Pods can have no network of their own now.
     #[error("no pod network: {0}")]
@@ -120,7 +144,10 @@ pub enum Mode {
 pub struct Bridge {
     /// Addresses of the pods; the first one is the bridge's own.
     pub subnet: Subnet,
-    /// MTU of the bridge and of both ends of each pair.
+    /// IPv6 addresses of the pods, at least as many; the first one is the bridge's own. Without it pods have none.
+    pub subnet_v6: Option<SubnetV6>,
+    /// MTU of the bridge and of both ends of each pair; 0 for that of the device of the host's default route. It is
+    /// the bridge's, and lasts as long as that one.
     pub mtu: u32,
     /// Whether packets that leave the subnet get the host's address.
     pub masquerade: bool,
@@ -239,6 +266,11 @@ impl Network {
         {
             return Err(Error::Name(instance.to_owned()));
         }
+        if let Mode::Bridge(bridge) = &mode
+            && let Some(v6) = bridge.subnet_v6
+        {
+            v6.check_size(bridge.subnet)?;
+        }
         let rows = Arc::new(Rows::load(book)?);
         let cni = match &mode {
             Mode::Cni(config) => config.clone(),
@@ -347,7 +379,11 @@ impl Network {
                 _ => self.detach(pod)?,
             }
         }
-        Ok(dead.len() + self.bridge.sweep()?)
+        let bridge = match &self.mode {
+            Mode::Bridge(bridge) => Some(bridge),
+            Mode::Cni(_) => None,
+        };
+        Ok(dead.len() + self.bridge.sweep(bridge)?)
     }
 
     /// Whether pods can have networks, and what limits them.
@@ -377,7 +413,8 @@ impl Network {
         options: &AttachOptions,
     ) -> Result<Attachment> {
         let lease = self.bridge.reserve(pod, bridge, options)?;
-        let mut fresh = self.make_namespace(pod, sysctls)?;
+        let sysctls = bridge::sysctls(&lease, sysctls);
+        let mut fresh = self.make_namespace(pod, &sysctls)?;
         self.bridge.connect(pod, bridge, &lease, &mut fresh)?;
         Ok(Attachment {
             netns: self.pins.path(pod),

@@ -50,6 +50,7 @@ impl super::Book for Book {
 fn bridge(subnet: &str) -> Bridge {
     Bridge {
         subnet: subnet.parse().unwrap(),
+        subnet_v6: None,
         mtu: 1450,
         masquerade: true,
     }
@@ -310,13 +311,11 @@ fn packets_that_leave_the_subnet_are_masqueraded() {
             peer_namespace,
         };
         rtnl.create_pair(&pair).unwrap();
-        let subnet: Subnet = "192.0.2.0/24".parse().unwrap();
         let near_index = rtnl.link_index("near").unwrap().unwrap();
         let far_index = far_rtnl.link_index("far").unwrap().unwrap();
-        rtnl.add_address(near_index, [192, 0, 2, 1].into(), subnet)
-            .unwrap();
+        rtnl.add_address(near_index, [192, 0, 2, 1].into(), 24).unwrap();
         far_rtnl
-            .add_address(far_index, [192, 0, 2, 2].into(), subnet)
+            .add_address(far_index, [192, 0, 2, 2].into(), 24)
             .unwrap();
         far_rtnl.up(far_index).unwrap();
         rtnl.up(near_index).unwrap();
