@@ -56,16 +56,16 @@ fn bridge(subnet: &str) -> Bridge {
     }
 }
 
-fn network(book: &Arc<Book>) -> Network {
+pub(crate) fn network(book: &Arc<Book>) -> Network {
     network_on(book, "10.123.0.0/24")
 }
 
-fn network_on(book: &Arc<Book>, subnet: &str) -> Network {
+pub(crate) fn network_on(book: &Arc<Book>, subnet: &str) -> Network {
     let book: Arc<dyn super::Book> = book.clone();
     Network::new(INSTANCE, Mode::Bridge(bridge(subnet)), book).unwrap()
 }
 
-fn attach(network: &Network, pod: &str) -> Attachment {
+pub(crate) fn attach(network: &Network, pod: &str) -> Attachment {
     network.attach(pod, &AttachOptions::default()).unwrap()
 }
 
@@ -108,14 +108,14 @@ pub(crate) fn pins() -> Vec<String> {
         .collect()
 }
 
-fn mounts_below_run_netns() -> usize {
+pub(crate) fn mounts_below_run_netns() -> usize {
     std::fs::read_to_string("/proc/thread-self/mountinfo")
         .unwrap()
         .matches("/run/netns/")
         .count()
 }
 
-fn tables() -> String {
+pub(crate) fn tables() -> String {
     let nft = std::process::Command::new("nft")
         .args(["list", "ruleset"])
         .output();

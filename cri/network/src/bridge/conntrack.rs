@@ -30,12 +30,14 @@ const V4_DESTINATION: u16 = 2;
 const V6_SOURCE: u16 = 3;
 const V6_DESTINATION: u16 = 4;
 const PROTO_NUMBER: u16 = 1;
+const SOURCE_PORT: u16 = 2;
 const DESTINATION_PORT: u16 = 3;
 const FILTER_ORIGINAL: u16 = 1;
 const FILTER_REPLY: u16 = 2;
-/// Bits of `FILTER_*`: which parts of a tuple are looked at.
-const BY_SOURCE: u32 = 1;
+/// Bits of `FILTER_*`: which parts of a tuple the kernel looks at. Not at addresses: up to 6.18 at least it leaves out
+/// the entries with just that IPv6 address.
 const BY_PROTO: u32 = 1 << 3;
+const BY_SOURCE_PORT: u32 = 1 << 4;
 const BY_DESTINATION_PORT: u32 = 1 << 5;
 
 /// Entries that are remembered before they are deleted.
@@ -52,7 +54,7 @@ pub(super) fn forget_others(forwards: &[Forward]) -> Result<()> {
     // Flows that pass through this host to the same port of others are none of ours.
     let own = Rtnl::open()?.addresses()?;
     for forward in connectionless {
-        let tuple = [proto(forward, Some(forward.host_port))];
+        let tuple = proto(forward, (DESTINATION_PORT, forward.host_port));
         let stale = |entry: &Entry<'_>| {
             let ours = forward.at.map_or_else(
                 || own.contains(&entry.to) || entry.to.is_loopback(),
@@ -72,25 +74,13 @@ pub(super) fn forget_others(forwards: &[Forward]) -> Result<()> {
 
 /// Forgets flows that lead to the pod of `forwards`.
 pub(super) fn forget_own(forwards: &[Forward]) -> Result<()> {
-    let mut done: Vec<(IpAddr, Protocol)> = Vec::new();
     for forward in forwards.iter().filter(|forward| keeps_flows(forward)) {
         let pod = forward.to.ip();
-        if done.contains(&(pod, forward.protocol)) {
-            continue;
-        }
-        done.push((pod, forward.protocol));
-        let source = match pod {
-            IpAddr::V4(pod) => bytes(V4_SOURCE, pod.octets()),
-            IpAddr::V6(pod) => bytes(V6_SOURCE, pod.octets()),
-        };
-        let tuple = [nest(TUPLE_IP, &[source]), proto(forward, None)];
-        let own = |entry: &Entry<'_>| entry.answers_from == pod;
-        forget(
-            family_of(forward),
-            (TUPLE_REPLY, BY_SOURCE | BY_PROTO),
-            &tuple,
-            own,
-        )?;
+        let side = (TUPLE_REPLY, BY_PROTO | BY_SOURCE_PORT);
+        let tuple = proto(forward, (SOURCE_PORT, forward.to.port()));
+        forget(family_of(forward), side, &tuple, |entry| {
+            entry.answers_from == pod
+        })?;
     }
     Ok(())
 }
@@ -109,7 +99,7 @@ struct Entry<'a> {
 fn forget(
     family: Family,
     (side, parts): (u16, u32),
-    tuple: &[DefaultNla],
+    tuple: &DefaultNla,
     stale: impl Fn(&Entry<'_>) -> bool,
 ) -> Result<()> {
     for _ in 0..ROUNDS_MAX {
@@ -125,7 +115,7 @@ fn forget(
             family,
             flags: 0,
             attributes: vec![
-                nest(side, tuple),
+                nest(side, std::slice::from_ref(tuple)),
                 nest(FILTER, &[bytes(flags, parts.to_ne_bytes())]),
             ],
         };
@@ -179,10 +169,9 @@ fn parse(answer: &[u8]) -> Option<Entry<'_>> {
     })
 }
 
-fn proto(forward: &Forward, destination: Option<u16>) -> DefaultNla {
-    let mut parts = vec![bytes(PROTO_NUMBER, [forward.protocol.number()])];
-    parts.extend(destination.map(|port| bytes(DESTINATION_PORT, port.to_be_bytes())));
-    nest(TUPLE_PROTO, &parts)
+fn proto(forward: &Forward, (kind, port): (u16, u16)) -> DefaultNla {
+    let number = bytes(PROTO_NUMBER, [forward.protocol.number()]);
+    nest(TUPLE_PROTO, &[number, bytes(kind, port.to_be_bytes())])
 }
 
 fn keeps_flows(forward: &Forward) -> bool {

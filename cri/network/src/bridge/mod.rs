@@ -14,6 +14,7 @@
 
 mod conntrack;
 mod expr;
+mod host;
 mod nfnl;
 pub(crate) mod pool;
 mod ports;
@@ -21,20 +22,20 @@ mod rules;
 pub(crate) mod subnet;
 mod table;
 
-use std::collections::BTreeMap;
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use coracle_kernel::procfs::Procfs;
 use coracle_kernel::{Errno, Error as KernelError};
 
+pub(crate) use self::host::sysctls;
+use self::host::{check_route, default_mtu, is_sysctl, plan, set_ipv6};
 use self::pool::Pool;
 use self::rules::Rules;
 use self::table::Plan;
 use crate::netns::Fresh;
 use crate::rows::{BridgeLease, Rows as Book, Wiring};
-use crate::rtnl::{LinkEvents, Pair, Route, Rtnl};
+use crate::rtnl::{LinkEvents, Pair, Rtnl};
 use crate::{AttachOptions, Bridge, Error, Finding, Result, Status, lock, step};
 
 /// How long the kernel may take to notice a carrier; usually it is less than a millisecond.
@@ -45,9 +46,6 @@ const INSIDE: &str = "eth0";
 
 /// What the names of all pairs begin with.
 const PAIR_PREFIX: &str = "crv";
-
-/// MTU where nothing says otherwise.
-const MTU: u32 = 1500;
 
 /// The built-in bridge of one instance. It takes down what it made also where pods are wired by others now.
 pub(crate) struct BridgeNetwork {
@@ -64,27 +62,6 @@ struct BridgeState {
     /// What it was made for, or looked over for, in this life of the daemon.
     plan: Option<Plan>,
     mtu: u32,
-}
-
-/// What a pod's namespace gets beside `asked`, which wins: it listens to no router advertisement, and takes its
-/// addresses at once, since nobody else can have them.
-pub(crate) fn sysctls(lease: &BridgeLease, asked: &BTreeMap<String, String>) -> BTreeMap<String, String> {
-    let mut sysctls = asked.clone();
-    if !has_sysctl("net.ipv6.conf.default.accept_ra") {
-        return sysctls;
-    }
-    let mut set = |name: &str, value: &str| {
-        sysctls.entry(name.to_owned()).or_insert_with(|| value.to_owned());
-    };
-    for device in ["all", "default"] {
-        set(&format!("net.ipv6.conf.{device}.accept_ra"), "0");
-        set(&format!("net.ipv6.conf.{device}.accept_dad"), "0");
-        if lease.v6.is_some() {
-            // Namespaces may take after a host that has it off for new devices.
-            set(&format!("net.ipv6.conf.{device}.disable_ipv6"), "0");
-        }
-    }
-    sysctls
 }
 
 impl BridgeNetwork {
@@ -427,16 +404,6 @@ impl BridgeNetwork {
     }
 }
 
-/// What the configuration comes to on this host.
-fn plan(bridge: &Bridge) -> Plan {
-    let has_ipv6 = || is_sysctl("net.ipv6.conf.all.disable_ipv6", "0");
-    Plan {
-        subnet: bridge.subnet,
-        subnet_v6: bridge.subnet_v6.filter(|_| has_ipv6()),
-        masquerade: bridge.masquerade,
-    }
-}
-
 fn rtnl() -> Result<Rtnl> {
     Rtnl::open().map_err(step("open a route socket"))
 }
@@ -444,43 +411,6 @@ fn rtnl() -> Result<Rtnl> {
 fn gone(what: &str, link: &str) -> Error {
     let source = KernelError::new("netlink", format!("RTM_GETLINK {link}"), Errno::ENODEV);
     step(what)(source)
-}
-
-/// Refuses a subnet that the host reaches by another device.
-fn check_route(rtnl: &mut Rtnl, route: &Route, plan: Plan) -> Result<()> {
-    let Some(destination) = route.destination.filter(|_| route.prefix > 0) else {
-        return Ok(());
-    };
-    let (subnet, key) = match plan.subnet_v6 {
-        _ if plan.subnet.overlaps(destination, route.prefix) => (plan.subnet.to_string(), "subnet"),
-        Some(v6) if v6.overlaps(destination, route.prefix) => (v6.to_string(), "subnet_v6"),
-        _ => return Ok(()),
-    };
-    let link = match route.link {
-        Some(index) => rtnl.link(index).map_err(step("look at the host's routes"))?,
-        None => None,
-    };
-    Err(Error::SubnetInUse {
-        subnet,
-        route: format!("{destination}/{}", route.prefix),
-        link: link.map_or_else(|| "no device".to_owned(), |(name, _)| name),
-        key,
-    })
-}
-
-/// MTU of the device that the host's packets leave by.
-fn default_mtu(rtnl: &mut Rtnl, routes: &[Route]) -> Result<u32> {
-    let defaults = routes.iter().filter(|route| route.destination.is_none());
-    let Some(index) = defaults
-        .min_by_key(|route| route.metric)
-        .and_then(|route| route.link)
-    else {
-        return Ok(MTU);
-    };
-    let link = rtnl
-        .link(index)
-        .map_err(step("look at the host's default route"))?;
-    Ok(link.map_or(MTU, |(_, mtu)| mtu))
 }
 
 /// Flows that the kernel did not forget go where they went until they end: said, but no reason to have no network.
@@ -506,28 +436,6 @@ fn hardware_address(instance: &str) -> [u8; 6] {
     [0x02, a, b, c, d, e]
 }
 
-/// Sets IPv6 sysctls of a device. A kernel without IPv6 has none.
-fn set_ipv6(device: &str, sysctls: &[(&str, &str)]) {
-    for (name, value) in sysctls {
-        let set = |proc: Procfs| proc.sysctl(&format!("net/ipv6/conf/{device}/{name}"), value);
-        match Procfs::visible().and_then(set) {
-            Err(error) if error.errno() != Errno::ENOENT => {
-                tracing::warn!(%error, "a router advertisement may reach the host");
-            }
-            _ => {}
-        }
-    }
-}
-
-fn is_sysctl(name: &str, value: &str) -> bool {
-    let read = Procfs::visible().and_then(|proc| proc.read_sysctl(name));
-    read.is_ok_and(|read| read == value)
-}
-
-fn has_sysctl(name: &str) -> bool {
-    Procfs::visible().is_ok_and(|proc| proc.read_sysctl(name).is_ok())
-}
-
 /// FNV-1a: short, and the same in every release, as names need it.
 fn hash(words: &[&str]) -> u64 {
     let bytes = words.iter().flat_map(|word| word.bytes().chain([0]));
@@ -537,17 +445,4 @@ fn hash(words: &[&str]) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_fit_and_differ() {
-        let pod = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
-        let name = pair_name("0a1b2c3d", pod);
-        assert_eq!(name.len(), 15);
-        assert_ne!(name, pair_name("0a1b2c3e", pod));
-        assert_ne!(name, pair_name("0a1b2c3d", &pod[1..]));
-        assert_eq!(name, pair_name("0a1b2c3d", pod));
-        assert_eq!(hardware_address("0a1b2c3d")[0], 2);
-    }
-}
+mod tests;

@@ -163,6 +163,17 @@ impl Rules {
         Ok(true)
     }
 
+    #[cfg(test)]
+    pub(super) fn count_elements(&self) -> Result<usize> {
+        let mut elements = 0;
+        for family in [Family::V4, Family::V6] {
+            for map in MAPS {
+                self.elements(family, map, |_, _| elements += 1)?;
+            }
+        }
+        Ok(elements)
+    }
+
     fn replace(&self, plan: Plan) -> Result<()> {
         let mut forwards = lock(&self.pool).forwards();
         forwards.retain(|forward| plan.has(forward));
@@ -173,7 +184,7 @@ impl Rules {
     }
 
     /// Removes the elements of pods of which `gone` holds. How many pods there were.
-    fn remove_elements(&self, gone: impl Fn(&str) -> bool) -> Result<usize> {
+    pub(super) fn remove_elements(&self, gone: impl Fn(&str) -> bool) -> Result<usize> {
         let mut requests = Vec::new();
         let mut pods: Vec<String> = Vec::new();
         for family in [Family::V4, Family::V6] {
