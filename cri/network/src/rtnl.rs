@@ -2,7 +2,7 @@
 //!
 //! A socket belongs to the network namespace of the thread that opened it, whatever becomes of that thread.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
@@ -27,8 +27,8 @@ use crate::netlink::{RECEIVE_BYTES, ended, messages, open_socket, receive, send}
 
 /// Links, addresses or routes that one dump tells of at most.
 const ANSWERS_MAX: usize = 1 << 16;
-/// `RTNLGRP_LINK`.
-const LINK_GROUP: u32 = 1;
+/// `RTNLGRP_LINK` and `RTNLGRP_IPV6_IFADDR`.
+const EVENT_GROUPS: [u32; 2] = [1, 9];
 /// The loopback device's index in every namespace.
 const LOOPBACK: u32 = 1;
 
@@ -47,7 +47,7 @@ pub(crate) struct Route {
     pub(crate) metric: u32,
 }
 
-/// Wakes whenever a link of its namespace changes.
+/// Wakes whenever a link of its namespace changes, or an IPv6 address.
 pub(crate) struct LinkEvents(netlink_sys::Socket);
 
 /// A veth pair to be made: one end here, the other one in another namespace.
@@ -263,8 +263,8 @@ impl Rtnl {
         Ok(ports)
     }
 
-    /// Gives a link an address; one that it has is no error. Nobody else can have an IPv6 one: it is not asked for.
-    pub(crate) fn add_address(&mut self, index: u32, address: IpAddr, prefix: u8) -> Result<()> {
+    /// Gives a link an address; false if it has it already. Nobody else can have an IPv6 one: it is not asked for.
+    pub(crate) fn add_address(&mut self, index: u32, address: IpAddr, prefix: u8) -> Result<bool> {
         let mut message = AddressMessage::default();
         message.header.prefix_len = prefix;
         message.header.index = index;
@@ -286,8 +286,9 @@ impl Rtnl {
         }
         let what = || format!("RTM_NEWADDR {address}/{prefix} on {index}");
         match self.create(RouteNetlinkMessage::NewAddress(message), what) {
-            Err(error) if error.errno() != Errno::EEXIST => Err(error),
-            _ => Ok(()),
+            Ok(()) => Ok(true),
+            Err(error) if error.errno() == Errno::EEXIST => Ok(false),
+            Err(error) => Err(error),
         }
     }
 
@@ -429,8 +430,47 @@ impl LinkEvents {
         let mut socket = netlink_sys::Socket::new(NETLINK_ROUTE).map_err(failed("socket"))?;
         socket.bind_auto().map_err(failed("bind"))?;
         socket.set_non_blocking(true).map_err(failed("fcntl"))?;
-        socket.add_membership(LINK_GROUP).map_err(failed("setsockopt"))?;
+        for group in EVENT_GROUPS {
+            socket.add_membership(group).map_err(failed("setsockopt"))?;
+        }
         Ok(LinkEvents(socket))
+    }
+
+    /// Waits until an IPv6 address that was just added is heard by its neighbours: the kernel joins the group by which
+    /// they ask for it in the background, and tells of the address then. What they send before is lost, and comes again
+    /// a second later.
+    pub(crate) fn wait_address(&self, address: Ipv6Addr, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        let what = || format!("RTM_NEWADDR {address}, not there");
+        let is_it = |attribute: &AddressAttribute| match attribute {
+            AddressAttribute::Address(found) => *found == IpAddr::V6(address),
+            _ => false,
+        };
+        let mut buffer = Vec::with_capacity(RECEIVE_BYTES);
+        loop {
+            buffer.clear();
+            match self.0.recv(&mut buffer, 0) {
+                Ok(_) => {}
+                // Overrun: it may have been among what was dropped.
+                Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS.raw()) => return Ok(()),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Err(Error::new("netlink", what(), Errno::ETIMEDOUT));
+                    }
+                    wait_one(&self.0, Interest::READ, Some(left))?;
+                }
+                Err(error) => return Err(Error::from_io("recv", what(), &error)),
+            }
+            let messages = messages::<RouteNetlinkMessage>(&buffer, &what).flatten();
+            for message in messages {
+                if let NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewAddress(new)) = message.payload
+                    && new.attributes.iter().any(is_it)
+                {
+                    return Ok(());
+                }
+            }
+        }
     }
 
     /// Takes what has come; what it says is asked again anyway, so one that was dropped is no loss.

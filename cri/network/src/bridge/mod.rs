@@ -149,6 +149,7 @@ impl BridgeNetwork {
             // To a device that is up, or there is no route to the subnet yet, and so none by its gateway.
             inside
                 .add_address(inner, address.into(), subnet.prefix())
+                .and_then(|_| inside_events.wait_address(address, CARRIER_TIME))
                 .map_err(step("give the pod its IPv6 address"))?;
             inside
                 .add_default_route(subnet.gateway().into(), inner)
@@ -355,8 +356,14 @@ impl BridgeNetwork {
             .map_err(step("give the bridge its address"))?;
         rtnl.up(index).map_err(step("bring the bridge up"))?;
         if let Some(subnet) = plan.subnet_v6 {
-            rtnl.add_address(index, subnet.gateway().into(), subnet.prefix())
-                .map_err(step("give the bridge its IPv6 address"))?;
+            let failed = "give the bridge its IPv6 address";
+            let events = LinkEvents::open().map_err(step(failed))?;
+            let added = rtnl.add_address(index, subnet.gateway().into(), subnet.prefix());
+            if added.map_err(step(failed))? {
+                events
+                    .wait_address(subnet.gateway(), CARRIER_TIME)
+                    .map_err(step(failed))?;
+            }
         }
         self.ensure_rules(plan, true);
         *state = BridgeState {
