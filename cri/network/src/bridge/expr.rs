@@ -119,7 +119,7 @@ impl Expressions {
         self.then("fib", &fib).compare(EQUAL, &RTN_LOCAL.to_ne_bytes())
     }
 
-    /// Marks the packet, see [`Expressions::is_marked`].
+    /// Marks the packet, see [`Expressions::marked`].
     pub(super) fn mark(self) -> Expressions {
         let bit = MARK.to_ne_bytes();
         self.meta(META_MARK, SPARE)
@@ -128,7 +128,7 @@ impl Expressions {
     }
 
     /// A pod sent it to a port of the host.
-    pub(super) fn is_marked(self) -> Expressions {
+    pub(super) fn marked(self) -> Expressions {
         let bit = MARK.to_ne_bytes();
         self.meta(META_MARK, R0)
             .bitwise_in(R0, 4, &bit, &[0; 4])

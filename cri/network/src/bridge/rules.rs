@@ -132,7 +132,7 @@ impl Rules {
                 "a table of nf_tables was changed, and is made anew"
             ),
             Err(error) => {
-                tracing::warn!(table = rules.table.name, %error, "a table of nf_tables is not repaired")
+                tracing::warn!(table = rules.table.name, %error, "a table of nf_tables is not repaired");
             }
         };
         if let Err(error) = std::thread::Builder::new()

@@ -233,7 +233,7 @@ impl Table {
             rules: vec![for_host(expr::nothing()).jump("ports")],
         });
         // The pod answers a neighbour on the bridge, and itself, without asking the host, which must translate back.
-        let mut rules = vec![expr::to_device(bridge).is_marked().masquerade()];
+        let mut rules = vec![expr::to_device(bridge).marked().masquerade()];
         let (source, destination) = (expr::source(side.family), expr::destination(side.family));
         if v4 {
             let from_loopback =

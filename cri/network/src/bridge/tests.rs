@@ -283,7 +283,7 @@ fn no_router_advertisement_is_listened_to() {
         assert_eq!(read_sysctl("net/ipv6/conf/crc-0a1b2c3d/accept_ra"), "0");
         assert_eq!(read_sysctl("net/ipv6/conf/crc-0a1b2c3d/disable_ipv6"), "0");
         inside(&pod.namespace, || {
-            assert_eq!(read_sysctl("net/ipv6/conf/eth0/accept_ra"), "0")
+            assert_eq!(read_sysctl("net/ipv6/conf/eth0/accept_ra"), "0");
         });
         network.sweep(|_| false).unwrap();
 
@@ -293,7 +293,7 @@ fn no_router_advertisement_is_listened_to() {
         assert_eq!(pod.ips.len(), 1);
         assert_eq!(read_sysctl("net/ipv6/conf/crc-0a1b2c3d/disable_ipv6"), "1");
         inside(&pod.namespace, || {
-            assert_eq!(read_sysctl("net/ipv6/conf/eth0/accept_ra"), "0")
+            assert_eq!(read_sysctl("net/ipv6/conf/eth0/accept_ra"), "0");
         });
         network.sweep(|_| false).unwrap();
     });
