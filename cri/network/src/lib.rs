@@ -25,8 +25,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use coracle_kernel::Error as KernelError;
-use serde::{Deserialize, Serialize};
 
+pub use crate::bridge::Bridge;
 use crate::bridge::BridgeNetwork;
 pub use crate::bridge::subnet::{Subnet, SubnetV6};
 use crate::cni::CniNetwork;
@@ -35,7 +35,7 @@ pub use crate::netns::default_sysctls;
 use crate::netns::{Fresh, Pins, pod_sysctls};
 use crate::retry::{Failures, Turns};
 use crate::rows::Rows;
-pub use crate::rows::{Book, BookError, BridgeLease, Row, Wiring};
+pub use crate::rows::{Book, BookError, BridgeLease, PortMapping, Protocol, Row, Wiring};
 pub use crate::tend::Retried;
 
 /// Result of this crate.
@@ -139,20 +139,6 @@ pub enum Mode {
     Cni(CniConfig),
 }
 
-/// Settings of the built-in bridge.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Bridge {
-    /// Addresses of the pods; the first one is the bridge's own.
-    pub subnet: Subnet,
-    /// IPv6 addresses of the pods, at least as many; the first one is the bridge's own. Without it pods have none.
-    pub subnet_v6: Option<SubnetV6>,
-    /// MTU of the bridge and of both ends of each pair; 0 for that of the device of the host's default route. It is
-    /// the bridge's, and lasts as long as that one.
-    pub mtu: u32,
-    /// Whether packets that leave the subnet get the host's address.
-    pub masquerade: bool,
-}
-
 /// What a pod may have of its own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AttachOptions {
@@ -190,31 +176,6 @@ pub struct Dns {
     pub searches: Vec<String>,
     /// Options of resolv.conf(5).
     pub options: Vec<String>,
-}
-
-/// A port of the host that leads to one of the pod.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PortMapping {
-    /// The protocol of both.
-    pub protocol: Protocol,
-    /// The pod's port.
-    pub container_port: u16,
-    /// The host's port, never 0.
-    pub host_port: u16,
-    /// The host's address; every one of them where not given.
-    pub host_ip: Option<IpAddr>,
-}
-
-/// A protocol with ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Protocol {
-    /// TCP.
-    Tcp,
-    /// UDP.
-    Udp,
-    /// SCTP.
-    Sctp,
 }
 
 /// A pod's network.

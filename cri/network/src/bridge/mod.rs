@@ -32,11 +32,12 @@ pub(crate) use self::host::sysctls;
 use self::host::{check_route, default_mtu, is_sysctl, plan, set_ipv6};
 use self::pool::Pool;
 use self::rules::Rules;
+use self::subnet::{Subnet, SubnetV6};
 use self::table::Plan;
 use crate::netns::Fresh;
 use crate::rows::{BridgeLease, Rows as Book, Wiring};
 use crate::rtnl::{LinkEvents, Pair, Rtnl};
-use crate::{AttachOptions, Bridge, Error, Finding, Result, Status, lock, step};
+use crate::{AttachOptions, Error, Finding, Result, Status, lock, step};
 
 /// How long the kernel may take to notice a carrier; usually it is less than a millisecond.
 const CARRIER_TIME: Duration = Duration::from_secs(10);
@@ -46,6 +47,20 @@ const INSIDE: &str = "eth0";
 
 /// What the names of all pairs begin with.
 const PAIR_PREFIX: &str = "crv";
+
+/// Settings of the built-in bridge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bridge {
+    /// Addresses of the pods; the first one is the bridge's own.
+    pub subnet: Subnet,
+    /// IPv6 addresses of the pods, at least as many; the first one is the bridge's own. Without it pods have none.
+    pub subnet_v6: Option<SubnetV6>,
+    /// MTU of the bridge and of both ends of each pair; 0 for that of the device of the host's default route. It is
+    /// the bridge's, and lasts as long as that one.
+    pub mtu: u32,
+    /// Whether packets that leave the subnet get the host's address.
+    pub masquerade: bool,
+}
 
 /// The built-in bridge of one instance. It takes down what it made also where pods are wired by others now.
 pub(crate) struct BridgeNetwork {
