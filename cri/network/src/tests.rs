@@ -258,6 +258,18 @@ fn without_nf_tables_pods_are_attached_and_the_status_says_what_is_missing() {
             said.contains("keep their own address") && said.contains("nf_tables"),
             "{said}"
         );
+        let ports = AttachOptions {
+            port_mappings: vec![PortMapping {
+                protocol: Protocol::Tcp,
+                container_port: 80,
+                host_port: 8080,
+                host_ip: None,
+            }],
+            ..AttachOptions::default()
+        };
+        let refused = network.attach("ports", &ports).unwrap_err();
+        assert_eq!(refused.to_string(), "open the pod's ports of the host");
+        assert!(!lock(&book.rows).contains_key("ports"));
         network.detach("pod").unwrap();
         assert_eq!((links(), pins()), (vec![], vec![]));
     });
