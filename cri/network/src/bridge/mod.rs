@@ -207,7 +207,11 @@ impl BridgeNetwork {
 
     /// Gives back what the pod had, after its row is gone; without any pod the bridge goes too.
     pub(crate) fn release(&self, pod: &str) -> Result<()> {
-        lock(&self.pool).remove(pod);
+        let had = lock(&self.pool).remove(pod);
+        // A pod of others: it need not pay for a look at nf_tables.
+        if had.is_none() && lock(&self.state).plan.is_none() {
+            return Ok(());
+        }
         self.remove_unused_bridge()
     }
 
@@ -403,11 +407,11 @@ impl BridgeNetwork {
         if !lock(&self.pool).is_empty() {
             return Ok(());
         }
-        let known = state.plan.is_some();
-        *state = BridgeState::default();
         let removed = rtnl()?
             .delete_link(&self.bridge_name())
             .map_err(step("remove the bridge"))?;
+        let known = state.plan.is_some();
+        *state = BridgeState::default();
         // A crash may have left the one without the other; a host without nf_tables has neither.
         if let Err(error) = self.rules.remove()
             && (removed || known)
