@@ -2,7 +2,7 @@
 //!
 //! A veth pair leads from the pod's namespace to the bridge `crc-<instance>`; the pod has an address out of the
 //! instance's subnet, of the IPv6 one too where there is one, and default routes. The nf_tables tables
-//! `coracle-<instance>` masquerade packets that leave the subnets and lead ports of the host to pods (`rules` says how).
+//! `coracle-<instance>` masquerade packets that leave the subnets and lead ports of the host to pods; `rules` says how.
 //! All of it is made by netlink.
 //!
 //! The bridge and the tables come with the first pod and go with the last one, so an instance without pods leaves

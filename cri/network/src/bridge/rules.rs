@@ -206,7 +206,7 @@ impl Rules {
         pods.dedup();
         match nfnl::batch(requests) {
             // Somebody removed them meanwhile, or all of the table.
-            Err(error) if !absent(error.errno()) => Err(error),
+            Err(error) if error.errno() != Errno::ENOENT => Err(error),
             _ => Ok(pods.len()),
         }
     }
@@ -239,7 +239,11 @@ impl Rules {
     }
 }
 
-/// There is no such table; or no such family, in a kernel without IPv6.
+/// There is no such table; or no such family, in a kernel without IPv6; or no nf_tables at all, which a dump finds
+/// invalid.
 fn absent(errno: Errno) -> bool {
-    matches!(errno, Errno::ENOENT | Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP)
+    matches!(
+        errno,
+        Errno::ENOENT | Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT | Errno::EINVAL
+    )
 }
