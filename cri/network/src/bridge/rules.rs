@@ -3,8 +3,8 @@
 //! | chain, hook | what |
 //! | --- | --- |
 //! | `guard`, prerouting before everything | nothing but the loopback device brings packets of 127.0.0.0/8 |
-//! | `prerouting`, `output` | packets to an address of the host go through `ports`, that of pods through `from-pods` |
-//! | `ports`, `from-pods` | look it up in the maps `ports-at` and `ports`: which gives the pod's address and port |
+//! | `prerouting`, `output` | packets to an address of the host go through `ports`, those of pods by `from-pods` |
+//! | `ports`, `from-pods` | look the port up in the maps `ports-at`, `ports`: they give the pod's address and port |
 //! | `postrouting` | packets that leave the subnet get the host's address; those back onto the bridge, its own |
 //!
 //! The chains are the same whatever pods there are. A pod's ports are elements of the maps, each with the pod's id as
