@@ -11,6 +11,7 @@
 mod bridge;
 mod cni;
 mod dial;
+mod netlink;
 mod netns;
 mod retry;
 mod rows;
@@ -25,10 +26,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use coracle_kernel::Error as KernelError;
-use serde::{Deserialize, Serialize};
 
+pub use crate::bridge::Bridge;
 use crate::bridge::BridgeNetwork;
-pub use crate::bridge::pool::Subnet;
+pub use crate::bridge::subnet::{Subnet, SubnetV6};
 use crate::cni::CniNetwork;
 pub use crate::cni::{CniConfig, CniError, CniRecord, ConfError, Watch};
 pub use crate::dial::{DialError, dial};
@@ -36,7 +37,7 @@ pub use crate::netns::default_sysctls;
 use crate::netns::{Fresh, Pins, pod_sysctls};
 use crate::retry::{Failures, Turns};
 use crate::rows::Rows;
-pub use crate::rows::{Book, BookError, BridgeLease, Row, Wiring};
+pub use crate::rows::{Book, BookError, BridgeLease, PortMapping, Protocol, Row, Wiring};
 pub use crate::tend::Retried;
 
 /// Result of this crate.
@@ -57,7 +58,10 @@ pub enum Error {
         why: &'static str,
     },
     /// The subnet has no free address.
-    #[error("no free address in {subnet}: {taken} pods have one each")]
+    #[error(
+        "no free address in {subnet}: {taken} of its {} are taken; remove pods, or set a larger [network] subnet",
+        subnet.capacity()
+    )]
     Exhausted {
         /// The subnet.
         subnet: Subnet,
@@ -65,12 +69,32 @@ pub enum Error {
         taken: usize,
     },
     /// The subnet is routed elsewhere already.
-    #[error("subnet {subnet} overlaps the host's route to {route}: set another [network] subnet")]
+    #[error("subnet {subnet} overlaps the host's route to {route} by {link}: set another [network] {key}")]
     SubnetInUse {
         /// The pods' subnet.
-        subnet: Subnet,
+        subnet: String,
         /// The route that is there.
-        route: Subnet,
+        route: String,
+        /// The device that it leads to: `crc-…` is the bridge of another instance.
+        link: String,
+        /// The configuration's key.
+        key: &'static str,
+    },
+    /// A port of the host that another pod has.
+    #[error("host port {port} is taken by pod {pod}")]
+    HostPortTaken {
+        /// Port, protocol and address.
+        port: String,
+        /// Who has it.
+        pod: String,
+    },
+    /// A port of the host that cannot be had.
+    #[error("host port {port}: {why}")]
+    HostPort {
+        /// Port, protocol and address.
+        port: String,
+        /// What is in the way, with the cure where there is one.
+        why: &'static str,
     },
     /// Pods can have no network of their own now.
     #[error("no pod network: {0}")]
@@ -117,17 +141,6 @@ pub enum Mode {
     Cni(CniConfig),
 }
 
-/// Settings of the built-in bridge.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Bridge {
-    /// Addresses of the pods; the first one is the bridge's own.
-    pub subnet: Subnet,
-    /// MTU of the bridge and of both ends of each pair.
-    pub mtu: u32,
-    /// Whether packets that leave the subnet get the host's address.
-    pub masquerade: bool,
-}
-
 /// What a pod may have of its own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AttachOptions {
@@ -165,31 +178,6 @@ pub struct Dns {
     pub searches: Vec<String>,
     /// Options of resolv.conf(5).
     pub options: Vec<String>,
-}
-
-/// A port of the host that leads to one of the pod.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PortMapping {
-    /// The protocol of both.
-    pub protocol: Protocol,
-    /// The pod's port.
-    pub container_port: u16,
-    /// The host's port, never 0.
-    pub host_port: u16,
-    /// The host's address; every one of them where not given.
-    pub host_ip: Option<IpAddr>,
-}
-
-/// A protocol with ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Protocol {
-    /// TCP.
-    Tcp,
-    /// UDP.
-    Udp,
-    /// SCTP.
-    Sctp,
 }
 
 /// A pod's network.
@@ -240,6 +228,11 @@ impl Network {
         if instance.is_empty() || instance.len() > 8 || !instance.bytes().all(|byte| byte.is_ascii_hexdigit())
         {
             return Err(Error::Name(instance.to_owned()));
+        }
+        if let Mode::Bridge(bridge) = &mode
+            && let Some(v6) = bridge.subnet_v6
+        {
+            v6.check_size(bridge.subnet)?;
         }
         let rows = Arc::new(Rows::load(book)?);
         let cni = match &mode {
@@ -349,7 +342,11 @@ impl Network {
                 _ => self.detach(pod)?,
             }
         }
-        Ok(dead.len() + self.bridge.sweep()?)
+        let bridge = match &self.mode {
+            Mode::Bridge(bridge) => Some(bridge),
+            Mode::Cni(_) => None,
+        };
+        Ok(dead.len() + self.bridge.sweep(bridge)?)
     }
 
     /// Whether pods can have networks, and what limits them.
@@ -379,7 +376,8 @@ impl Network {
         options: &AttachOptions,
     ) -> Result<Attachment> {
         let lease = self.bridge.reserve(pod, bridge, options)?;
-        let mut fresh = self.make_namespace(pod, sysctls)?;
+        let sysctls = bridge::sysctls(&lease, sysctls);
+        let mut fresh = self.make_namespace(pod, &sysctls)?;
         self.bridge.connect(pod, bridge, &lease, &mut fresh)?;
         Ok(Attachment {
             netns: self.pins.path(pod),

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use serde::{Deserialize, Serialize};
 
 use crate::cni::CniRecord;
-use crate::{Error, PortMapping, Result, lock};
+use crate::{Error, Result, lock};
 
 /// Failure of a [`Book`].
 pub type BookError = Box<dyn std::error::Error + Send + Sync>;
@@ -52,6 +52,31 @@ pub struct BridgeLease {
     /// Ports of the host that lead to it.
     #[serde(default)]
     pub ports: Vec<PortMapping>,
+}
+
+/// A port of the host that leads to one of the pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortMapping {
+    /// The protocol of both.
+    pub protocol: Protocol,
+    /// The pod's port.
+    pub container_port: u16,
+    /// The host's port, never 0.
+    pub host_port: u16,
+    /// The host's address; every one of them where not given.
+    pub host_ip: Option<IpAddr>,
+}
+
+/// A protocol with ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
 }
 
 /// The book, with a copy in memory.

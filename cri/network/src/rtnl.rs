@@ -2,7 +2,7 @@
 //!
 //! A socket belongs to the network namespace of the thread that opened it, whatever becomes of that thread.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
@@ -12,9 +12,10 @@ use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
     NetlinkPayload,
 };
-use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State,
+    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, LinkAttribute, LinkFlags,
+    LinkInfo, LinkMessage, State,
 };
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -22,14 +23,12 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use crate::bridge::pool::Subnet;
+use crate::netlink::{RECEIVE_BYTES, ended, messages, open_socket, receive, send};
 
-/// The kernel sends no datagram larger than this.
-pub(crate) const RECEIVE_BYTES: usize = 64 << 10;
-/// Links that one dump tells of at most.
-const LINKS_MAX: usize = 1 << 16;
-/// `RTNLGRP_LINK`.
-const LINK_GROUP: u32 = 1;
+/// Links, addresses or routes that one dump tells of at most.
+const ANSWERS_MAX: usize = 1 << 16;
+/// `RTNLGRP_LINK` and `RTNLGRP_IPV6_IFADDR`.
+const EVENT_GROUPS: [u32; 2] = [1, 9];
 /// The loopback device's index in every namespace.
 const LOOPBACK: u32 = 1;
 
@@ -39,7 +38,16 @@ pub(crate) struct Rtnl {
     sequence: u32,
 }
 
-/// Wakes whenever a link of its namespace changes.
+/// A route of the main table.
+pub(crate) struct Route {
+    /// Where it leads; none for a default route.
+    pub(crate) destination: Option<IpAddr>,
+    pub(crate) prefix: u8,
+    pub(crate) link: Option<u32>,
+    pub(crate) metric: u32,
+}
+
+/// Wakes whenever a link of its namespace changes, or an IPv6 address.
 pub(crate) struct LinkEvents(netlink_sys::Socket);
 
 /// A veth pair to be made: one end here, the other one in another namespace.
@@ -111,6 +119,29 @@ impl Rtnl {
         }
     }
 
+    /// Name and MTU of the link; none if there is none of that index.
+    pub(crate) fn link(&mut self, index: u32) -> Result<Option<(String, u32)>> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        let what = || format!("RTM_GETLINK {index}");
+        let links = match self.request(RouteNetlinkMessage::GetLink(message), 0, what) {
+            Err(error) if error.errno() == Errno::ENODEV => return Ok(None),
+            other => other?,
+        };
+        let Some(RouteNetlinkMessage::NewLink(link)) = links.into_iter().next() else {
+            return Ok(None);
+        };
+        let (mut name, mut mtu) = (String::new(), 0);
+        for attribute in link.attributes {
+            match attribute {
+                LinkAttribute::IfName(text) => name = text,
+                LinkAttribute::Mtu(bytes) => mtu = bytes,
+                _ => {}
+            }
+        }
+        Ok(Some((name, mtu)))
+    }
+
     /// Makes a bridge with a hardware address of its own, or the first port's would be the bridge's and change with
     /// it. False if there is a link of that name already.
     pub(crate) fn create_bridge(&mut self, name: &str, hardware: [u8; 6], mtu: u32) -> Result<bool> {
@@ -176,13 +207,22 @@ impl Rtnl {
         })
     }
 
-    /// Makes a link a port of a bridge.
+    /// Makes a link a port of a bridge that also sends back through it what came in by it.
     pub(crate) fn set_bridge(&mut self, index: u32, bridge: u32) -> Result<()> {
         let mut message = LinkMessage::default();
         message.header.index = index;
         message.attributes.push(LinkAttribute::Controller(bridge));
         self.act(RouteNetlinkMessage::SetLink(message), || {
             format!("RTM_SETLINK {index}, master {bridge}")
+        })?;
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.attributes.push(LinkAttribute::LinkInfo(vec![
+            LinkInfo::PortKind(InfoPortKind::Bridge),
+            LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(true)])),
+        ]));
+        self.act(RouteNetlinkMessage::NewLink(message), || {
+            format!("RTM_NEWLINK {index}, hairpin")
         })
     }
 
@@ -223,74 +263,105 @@ impl Rtnl {
         Ok(ports)
     }
 
-    /// Gives a link an address; one that it has is no error.
-    pub(crate) fn add_address(&mut self, index: u32, address: Ipv4Addr, subnet: Subnet) -> Result<()> {
+    /// Gives a link an address; false if it has it already. Nobody else can have an IPv6 one: it is not asked for.
+    pub(crate) fn add_address(&mut self, index: u32, address: IpAddr, prefix: u8) -> Result<bool> {
         let mut message = AddressMessage::default();
-        message.header.family = AddressFamily::Inet;
-        message.header.prefix_len = subnet.prefix();
+        message.header.prefix_len = prefix;
         message.header.index = index;
         message.attributes = vec![
-            AddressAttribute::Local(IpAddr::V4(address)),
-            AddressAttribute::Address(IpAddr::V4(address)),
-            AddressAttribute::Broadcast(subnet.broadcast()),
+            AddressAttribute::Local(address),
+            AddressAttribute::Address(address),
         ];
-        let what = || format!("RTM_NEWADDR {address}/{} on {index}", subnet.prefix());
+        match address {
+            IpAddr::V4(address) => {
+                message.header.family = AddressFamily::Inet;
+                let host = u32::MAX.checked_shr(prefix.into()).unwrap_or(0);
+                let broadcast = (address.to_bits() | host).into();
+                message.attributes.push(AddressAttribute::Broadcast(broadcast));
+            }
+            IpAddr::V6(_) => {
+                message.header.family = AddressFamily::Inet6;
+                message.header.flags = AddressHeaderFlags::Nodad;
+            }
+        }
+        let what = || format!("RTM_NEWADDR {address}/{prefix} on {index}");
         match self.create(RouteNetlinkMessage::NewAddress(message), what) {
-            Err(error) if error.errno() != Errno::EEXIST => Err(error),
-            _ => Ok(()),
+            Ok(()) => Ok(true),
+            Err(error) if error.errno() == Errno::EEXIST => Ok(false),
+            Err(error) => Err(error),
         }
     }
 
+    /// Every address of every link here.
+    pub(crate) fn addresses(&mut self) -> Result<Vec<IpAddr>> {
+        let message = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        let answers = self.request(message, NLM_F_DUMP, || "RTM_GETADDR, all".into())?;
+        let attributes = answers.into_iter().flat_map(|answer| match answer {
+            RouteNetlinkMessage::NewAddress(message) => message.attributes,
+            _ => Vec::new(),
+        });
+        // Where both are there, the local one is this host's and the other one the peer's.
+        let address = |attribute| match attribute {
+            AddressAttribute::Address(address) | AddressAttribute::Local(address) => Some(address),
+            _ => None,
+        };
+        Ok(attributes.filter_map(address).collect())
+    }
+
     /// The default route through `gateway`.
-    pub(crate) fn add_default_route(&mut self, gateway: Ipv4Addr, index: u32) -> Result<()> {
+    pub(crate) fn add_default_route(&mut self, gateway: IpAddr, index: u32) -> Result<()> {
+        let (address_family, route) = match gateway {
+            IpAddr::V4(gateway) => (AddressFamily::Inet, RouteAddress::Inet(gateway)),
+            IpAddr::V6(gateway) => (AddressFamily::Inet6, RouteAddress::Inet6(gateway)),
+        };
         let mut message = RouteMessage::default();
         message.header = RouteHeader {
-            address_family: AddressFamily::Inet,
+            address_family,
             table: RouteHeader::RT_TABLE_MAIN,
             protocol: RouteProtocol::Static,
             scope: RouteScope::Universe,
             kind: RouteType::Unicast,
             ..RouteHeader::default()
         };
-        message.attributes = vec![
-            RouteAttribute::Gateway(RouteAddress::Inet(gateway)),
-            RouteAttribute::Oif(index),
-        ];
+        message.attributes = vec![RouteAttribute::Gateway(route), RouteAttribute::Oif(index)];
         self.create(RouteNetlinkMessage::NewRoute(message), || {
             format!("RTM_NEWROUTE default via {gateway}")
         })
     }
 
-    /// Destinations of the main table's unicast routes, with the link that each leads to; the default route left out.
-    pub(crate) fn routes(&mut self) -> Result<Vec<(Subnet, Option<u32>)>> {
-        let mut message = RouteMessage::default();
-        message.header.address_family = AddressFamily::Inet;
-        let routes = self.request(RouteNetlinkMessage::GetRoute(message), NLM_F_DUMP, || {
-            "RTM_GETROUTE, all".into()
-        })?;
+    /// The main table's unicast routes, of both families.
+    pub(crate) fn routes(&mut self) -> Result<Vec<Route>> {
+        let message = RouteNetlinkMessage::GetRoute(RouteMessage::default());
+        let routes = self.request(message, NLM_F_DUMP, || "RTM_GETROUTE, all".into())?;
         let mut found = Vec::new();
         for route in routes {
-            let RouteNetlinkMessage::NewRoute(route) = route else {
+            let RouteNetlinkMessage::NewRoute(message) = route else {
                 continue;
             };
-            if route.header.table != RouteHeader::RT_TABLE_MAIN || route.header.kind != RouteType::Unicast {
+            if message.header.table != RouteHeader::RT_TABLE_MAIN || message.header.kind != RouteType::Unicast
+            {
                 continue;
             }
-            let mut destination = None;
-            let mut link = None;
-            for attribute in route.attributes {
+            let mut route = Route {
+                destination: None,
+                prefix: message.header.destination_prefix_length,
+                link: None,
+                metric: 0,
+            };
+            for attribute in message.attributes {
                 match attribute {
-                    RouteAttribute::Destination(RouteAddress::Inet(address)) => destination = Some(address),
-                    RouteAttribute::Oif(index) => link = Some(index),
+                    RouteAttribute::Destination(RouteAddress::Inet(address)) => {
+                        route.destination = Some(address.into());
+                    }
+                    RouteAttribute::Destination(RouteAddress::Inet6(address)) => {
+                        route.destination = Some(address.into());
+                    }
+                    RouteAttribute::Oif(index) => route.link = Some(index),
+                    RouteAttribute::Priority(metric) => route.metric = metric,
                     _ => {}
                 }
             }
-            if let Some(destination) = destination {
-                found.push((
-                    Subnet::of(destination, route.header.destination_prefix_length),
-                    link,
-                ));
-            }
+            found.push(route);
         }
         Ok(found)
     }
@@ -340,7 +411,7 @@ impl Rtnl {
                     NetlinkPayload::InnerMessage(answer) => answers.push(answer),
                     _ => {}
                 }
-                if answers.len() > LINKS_MAX {
+                if answers.len() > ANSWERS_MAX {
                     return Err(Error::new("netlink", what(), Errno::E2BIG));
                 }
                 // A single answer comes without an end mark unless one was asked for.
@@ -359,8 +430,47 @@ impl LinkEvents {
         let mut socket = netlink_sys::Socket::new(NETLINK_ROUTE).map_err(failed("socket"))?;
         socket.bind_auto().map_err(failed("bind"))?;
         socket.set_non_blocking(true).map_err(failed("fcntl"))?;
-        socket.add_membership(LINK_GROUP).map_err(failed("setsockopt"))?;
+        for group in EVENT_GROUPS {
+            socket.add_membership(group).map_err(failed("setsockopt"))?;
+        }
         Ok(LinkEvents(socket))
+    }
+
+    /// Waits until an IPv6 address that was just added is heard by its neighbours: the kernel joins the group by which
+    /// they ask for it in the background, and tells of the address then. What they send before is lost, and comes again
+    /// a second later.
+    pub(crate) fn wait_address(&self, address: Ipv6Addr, timeout: Duration) -> Result<()> {
+        let deadline = Instant::now() + timeout;
+        let what = || format!("RTM_NEWADDR {address}, not there");
+        let is_it = |attribute: &AddressAttribute| match attribute {
+            AddressAttribute::Address(found) => *found == IpAddr::V6(address),
+            _ => false,
+        };
+        let mut buffer = Vec::with_capacity(RECEIVE_BYTES);
+        loop {
+            buffer.clear();
+            match self.0.recv(&mut buffer, 0) {
+                Ok(_) => {}
+                // Overrun: it may have been among what was dropped.
+                Err(error) if error.raw_os_error() == Some(Errno::ENOBUFS.raw()) => return Ok(()),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Err(Error::new("netlink", what(), Errno::ETIMEDOUT));
+                    }
+                    wait_one(&self.0, Interest::READ, Some(left))?;
+                }
+                Err(error) => return Err(Error::from_io("recv", what(), &error)),
+            }
+            let messages = messages::<RouteNetlinkMessage>(&buffer, &what).flatten();
+            for message in messages {
+                if let NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewAddress(new)) = message.payload
+                    && new.attributes.iter().any(is_it)
+                {
+                    return Ok(());
+                }
+            }
+        }
     }
 
     /// Takes what has come; what it says is asked again anyway, so one that was dropped is no loss.
@@ -375,73 +485,5 @@ impl LinkEvents {
                 Ok(_) => {}
             }
         }
-    }
-}
-
-/// A blocking socket that talks to the kernel alone.
-pub(crate) fn open_socket(protocol: isize) -> Result<netlink_sys::Socket> {
-    let failed =
-        |call| move |error: std::io::Error| Error::from_io(call, format!("netlink {protocol}"), &error);
-    let mut socket = netlink_sys::Socket::new(protocol).map_err(failed("socket"))?;
-    socket.bind_auto().map_err(failed("bind"))?;
-    socket
-        .connect(&netlink_sys::SocketAddr::new(0, 0))
-        .map_err(failed("connect"))?;
-    Ok(socket)
-}
-
-pub(crate) fn send(socket: &netlink_sys::Socket, bytes: &[u8], what: &impl Fn() -> String) -> Result<()> {
-    match socket.send(bytes, 0) {
-        Ok(sent) if sent == bytes.len() => Ok(()),
-        Ok(_) => Err(Error::new("send", what(), Errno::EMSGSIZE)),
-        Err(error) => Err(Error::from_io("send", what(), &error)),
-    }
-}
-
-pub(crate) fn receive(
-    socket: &netlink_sys::Socket,
-    buffer: &mut Vec<u8>,
-    what: &impl Fn() -> String,
-) -> Result<()> {
-    loop {
-        buffer.clear();
-        match socket.recv(buffer, 0) {
-            Ok(_) => return Ok(()),
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(Error::from_io("recv", what(), &error)),
-        }
-    }
-}
-
-/// The messages of one datagram.
-pub(crate) fn messages<'a, M: netlink_packet_core::NetlinkDeserializable>(
-    mut bytes: &'a [u8],
-    what: &'a impl Fn() -> String,
-) -> impl Iterator<Item = Result<NetlinkMessage<M>>> + 'a {
-    std::iter::from_fn(move || {
-        if bytes.is_empty() {
-            return None;
-        }
-        let message = NetlinkMessage::<M>::deserialize(bytes);
-        // Messages are padded to four bytes; the length comes first.
-        let length = bytes
-            .first_chunk()
-            .map_or(u32::MAX, |first| u32::from_ne_bytes(*first))
-            .max(16);
-        let length = usize::try_from(length).unwrap_or(usize::MAX).saturating_add(3) & !3;
-        bytes = bytes.get(length..).unwrap_or_default();
-        Some(message.map_err(|_| Error::new("netlink", what(), Errno::EBADMSG)))
-    })
-}
-
-/// The end of an answer: a negative errno, or 0.
-pub(crate) fn ended(code: i32, what: &impl Fn() -> String) -> Result<()> {
-    match code {
-        0 => Ok(()),
-        code => Err(Error::new(
-            "netlink",
-            what(),
-            Errno::from_raw(code.saturating_neg()),
-        )),
     }
 }

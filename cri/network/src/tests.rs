@@ -50,21 +50,22 @@ impl super::Book for Book {
 fn bridge(subnet: &str) -> Bridge {
     Bridge {
         subnet: subnet.parse().unwrap(),
+        subnet_v6: None,
         mtu: 1450,
         masquerade: true,
     }
 }
 
-fn network(book: &Arc<Book>) -> Network {
+pub(crate) fn network(book: &Arc<Book>) -> Network {
     network_on(book, "10.123.0.0/24")
 }
 
-fn network_on(book: &Arc<Book>, subnet: &str) -> Network {
+pub(crate) fn network_on(book: &Arc<Book>, subnet: &str) -> Network {
     let book: Arc<dyn super::Book> = book.clone();
     Network::new(INSTANCE, Mode::Bridge(bridge(subnet)), book).unwrap()
 }
 
-fn attach(network: &Network, pod: &str) -> Attachment {
+pub(crate) fn attach(network: &Network, pod: &str) -> Attachment {
     network.attach(pod, &AttachOptions::default()).unwrap()
 }
 
@@ -107,14 +108,14 @@ pub(crate) fn pins() -> Vec<String> {
         .collect()
 }
 
-fn mounts_below_run_netns() -> usize {
+pub(crate) fn mounts_below_run_netns() -> usize {
     std::fs::read_to_string("/proc/thread-self/mountinfo")
         .unwrap()
         .matches("/run/netns/")
         .count()
 }
 
-fn tables() -> String {
+pub(crate) fn tables() -> String {
     let nft = std::process::Command::new("nft")
         .args(["list", "ruleset"])
         .output();
@@ -257,6 +258,18 @@ fn without_nf_tables_pods_are_attached_and_the_status_says_what_is_missing() {
             said.contains("keep their own address") && said.contains("nf_tables"),
             "{said}"
         );
+        let ports = AttachOptions {
+            port_mappings: vec![PortMapping {
+                protocol: Protocol::Tcp,
+                container_port: 80,
+                host_port: 8080,
+                host_ip: None,
+            }],
+            ..AttachOptions::default()
+        };
+        let refused = network.attach("ports", &ports).unwrap_err();
+        assert_eq!(refused.to_string(), "open the pod's ports of the host");
+        assert!(!lock(&book.rows).contains_key("ports"));
         network.detach("pod").unwrap();
         assert_eq!((links(), pins()), (vec![], vec![]));
     });
@@ -310,13 +323,11 @@ fn packets_that_leave_the_subnet_are_masqueraded() {
             peer_namespace,
         };
         rtnl.create_pair(&pair).unwrap();
-        let subnet: Subnet = "192.0.2.0/24".parse().unwrap();
         let near_index = rtnl.link_index("near").unwrap().unwrap();
         let far_index = far_rtnl.link_index("far").unwrap().unwrap();
-        rtnl.add_address(near_index, [192, 0, 2, 1].into(), subnet)
-            .unwrap();
+        rtnl.add_address(near_index, [192, 0, 2, 1].into(), 24).unwrap();
         far_rtnl
-            .add_address(far_index, [192, 0, 2, 2].into(), subnet)
+            .add_address(far_index, [192, 0, 2, 2].into(), 24)
             .unwrap();
         far_rtnl.up(far_index).unwrap();
         rtnl.up(near_index).unwrap();

@@ -9,6 +9,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use coracle_network::SubnetV6;
 use serde::{Deserialize, Serialize};
 use toml::Table;
 use toml::de::{DeTable, DeValue};
@@ -100,7 +101,11 @@ pub(crate) struct Network {
     pub(crate) mode: NetworkMode,
     /// Addresses of the built-in bridge's pods, `a.b.c.d/len`.
     pub(crate) subnet: String,
-    /// MTU of the built-in bridge.
+    /// IPv6 addresses beside them, a prefix of 64 to 120 bits with at least as many, best one of your own out of
+    /// fd00::/8: `fd7a:9e3c:41b0::/64`. Empty for none.
+    pub(crate) subnet_v6: String,
+    /// MTU of the built-in bridge; 0 for that of the device of the host's default route. It lasts as long as the
+    /// bridge, which goes with the last pod.
     pub(crate) mtu: u32,
     /// Directory of CNI configurations; the first valid one by name is the network.
     pub(crate) cni_conf_dir: PathBuf,
@@ -173,6 +178,7 @@ impl Default for Network {
         Self {
             mode: NetworkMode::default(),
             subnet: "10.244.0.0/16".into(),
+            subnet_v6: String::new(),
             mtu: 1500,
             cni_conf_dir: "/etc/cni/net.d".into(),
             cni_bin_dirs: vec!["/opt/cni/bin".into()],
@@ -226,12 +232,34 @@ impl Config {
         Ok((address, length))
     }
 
+    /// `[network] subnet_v6`, if there is one.
+    pub(crate) fn subnet_v6(&self) -> Result<Option<SubnetV6>> {
+        if self.network.subnet_v6.is_empty() {
+            return Ok(None);
+        }
+        let subnet: SubnetV6 = self.network.subnet_v6.parse().context("[network] subnet_v6")?;
+        Ok(Some(subnet))
+    }
+
     fn validate(&self) -> Result<()> {
-        self.subnet()?;
+        let (_, length) = self.subnet()?;
+        if let Some(v6) = self.subnet_v6()? {
+            ensure!(
+                128 - v6.prefix() >= 32 - length,
+                "[network] subnet_v6 {v6} has fewer addresses than [network] subnet {}",
+                self.network.subnet
+            );
+        }
+        let mtu = self.network.mtu;
+        // IPv6 has no smaller links.
+        let least = if self.network.subnet_v6.is_empty() {
+            576
+        } else {
+            1280
+        };
         ensure!(
-            (576..=65535).contains(&self.network.mtu),
-            "[network] mtu {} is not within 576 and 65535",
-            self.network.mtu
+            mtu == 0 || (least..=65535).contains(&mtu),
+            "[network] mtu {mtu} is not 0, nor within {least} and 65535"
         );
         ensure!(
             (1..=3600).contains(&self.network.cni_timeout_seconds),
@@ -487,6 +515,10 @@ mod tests {
             ("[network]\nsubnet = \"10.0.0.0\"\n", "subnet"),
             ("[network]\nsubnet = \"10.0.0.0/31\"\n", "subnet"),
             ("[network]\nmtu = 5\n", "mtu"),
+            ("[network]\nsubnet_v6 = \"10.0.0.0/16\"\n", "subnet_v6"),
+            ("[network]\nsubnet_v6 = \"fd00::/48\"\n", "subnet_v6"),
+            ("[network]\nsubnet_v6 = \"fd00::/120\"\n", "subnet_v6"),
+            ("[network]\nsubnet_v6 = \"fd00::/64\"\nmtu = 1000\n", "mtu"),
             ("[network]\nmode = \"vlan\"\n", "mode"),
             ("[network]\ncni_bin_dirs = []\n", "cni_bin_dirs"),
             ("[network]\ncni_bin_dirs = [\"bin\"]\n", "cni_bin_dirs"),

@@ -303,6 +303,7 @@ fn open_network(
             let (address, prefix) = config.subnet()?;
             Mode::Bridge(Bridge {
                 subnet: Subnet::new(address, prefix)?,
+                subnet_v6: config.subnet_v6()?,
                 mtu: config.network.mtu,
                 masquerade: true,
             })

@@ -35,7 +35,7 @@ pub(crate) fn all() -> Vec<Test> {
 }
 
 /// The steps, as the daemon itself names them; none if it was built without failpoints.
-fn steps() -> Result<Vec<String>> {
+pub(crate) fn steps() -> Result<Vec<String>> {
     let output = Command::new(node::binary("coracled"))
         .arg("failpoints")
         .output()?;

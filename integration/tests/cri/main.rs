@@ -15,6 +15,7 @@ mod lists;
 mod logs;
 mod monitors;
 mod mutations;
+mod network;
 mod oracle;
 mod pods;
 mod refused;
@@ -101,6 +102,7 @@ fn main() -> ExitCode {
         monitors::all(),
         kill9::all(),
         cni::all(),
+        network::all(),
     ];
     let wanted: Vec<Test> = all
         .into_iter()

@@ -255,6 +255,7 @@ fn a_daemon_without_cni_takes_pods_down_by_their_records() {
         host.calls();
         let bridge = crate::Bridge {
             subnet: "10.123.0.0/24".parse().unwrap(),
+            subnet_v6: None,
             mtu: 1500,
             masquerade: false,
         };

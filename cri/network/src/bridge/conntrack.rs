@@ -1,0 +1,179 @@
+//! Connections that the kernel tracks: what it remembers of a UDP or SCTP flow outlives the rule that made it.
+//!
+//! A flow that goes on keeps its entry, and the entry says where its packets go. So an entry that was made before a
+//! host port led to a pod keeps the packets from it, and one that was made while it did sends them to an address that
+//! is another pod's by then. TCP connections end by themselves with the pod.
+
+use std::net::IpAddr;
+
+use coracle_kernel::{Errno, Result};
+use netlink_packet_core::DefaultNla;
+use netlink_packet_netfilter::NetfilterSubsystem;
+
+use super::nfnl::{self, Family, Request, bytes, field, nest};
+use super::ports::Forward;
+use super::table::family_of;
+use crate::Protocol;
+use crate::rtnl::Rtnl;
+
+// Message types and attributes of linux/netfilter/nfnetlink_conntrack.h.
+const GET: u8 = 1;
+const DELETE: u8 = 2;
+const TUPLE_ORIGINAL: u16 = 1;
+const TUPLE_REPLY: u16 = 2;
+const ID: u16 = 12;
+const FILTER: u16 = 25;
+const TUPLE_IP: u16 = 1;
+const TUPLE_PROTO: u16 = 2;
+const V4_SOURCE: u16 = 1;
+const V4_DESTINATION: u16 = 2;
+const V6_SOURCE: u16 = 3;
+const V6_DESTINATION: u16 = 4;
+const PROTO_NUMBER: u16 = 1;
+const SOURCE_PORT: u16 = 2;
+const DESTINATION_PORT: u16 = 3;
+const FILTER_ORIGINAL: u16 = 1;
+const FILTER_REPLY: u16 = 2;
+/// Bits of `FILTER_*`: which parts of a tuple the kernel looks at. Not at addresses: up to 6.18 at least it leaves out
+/// the entries with just that IPv6 address.
+const BY_PROTO: u32 = 1 << 3;
+const BY_SOURCE_PORT: u32 = 1 << 4;
+const BY_DESTINATION_PORT: u32 = 1 << 5;
+
+/// Entries that are remembered before they are deleted.
+const ROUND: usize = 1 << 14;
+/// A table of the kernel's largest size has fewer rounds of entries.
+const ROUNDS_MAX: usize = 256;
+
+/// Forgets flows to the host's side of `forwards` that do not lead to the pod.
+pub(super) fn forget_others(forwards: &[Forward]) -> Result<()> {
+    let mut connectionless = forwards.iter().filter(|forward| keeps_flows(forward)).peekable();
+    if connectionless.peek().is_none() {
+        return Ok(());
+    }
+    // Flows that pass through this host to the same port of others are none of ours.
+    let own = Rtnl::open()?.addresses()?;
+    for forward in connectionless {
+        let tuple = proto(forward, (DESTINATION_PORT, forward.host_port));
+        let stale = |entry: &Entry<'_>| {
+            let ours = forward.at.map_or_else(
+                || own.contains(&entry.to) || entry.to.is_loopback(),
+                |at| at == entry.to,
+            );
+            ours && entry.answers_from != forward.to.ip()
+        };
+        forget(
+            family_of(forward),
+            (TUPLE_ORIGINAL, BY_PROTO | BY_DESTINATION_PORT),
+            &tuple,
+            stale,
+        )?;
+    }
+    Ok(())
+}
+
+/// Forgets flows that lead to the pod of `forwards`.
+pub(super) fn forget_own(forwards: &[Forward]) -> Result<()> {
+    for forward in forwards.iter().filter(|forward| keeps_flows(forward)) {
+        let pod = forward.to.ip();
+        let side = (TUPLE_REPLY, BY_PROTO | BY_SOURCE_PORT);
+        let tuple = proto(forward, (SOURCE_PORT, forward.to.port()));
+        forget(family_of(forward), side, &tuple, |entry| {
+            entry.answers_from == pod
+        })?;
+    }
+    Ok(())
+}
+
+/// What an entry says.
+struct Entry<'a> {
+    /// Where its first packet was sent.
+    to: IpAddr,
+    /// Where answers come from: the same address, unless it was translated.
+    answers_from: IpAddr,
+    original: &'a [u8],
+    id: &'a [u8],
+}
+
+/// Deletes the entries of a family that have `tuple` on one side and of which `stale` holds.
+fn forget(
+    family: Family,
+    (side, parts): (u16, u32),
+    tuple: &DefaultNla,
+    stale: impl Fn(&Entry<'_>) -> bool,
+) -> Result<()> {
+    for _ in 0..ROUNDS_MAX {
+        let flags = if side == TUPLE_ORIGINAL {
+            FILTER_ORIGINAL
+        } else {
+            FILTER_REPLY
+        };
+        let query = Request {
+            name: "conntrack IPCTNL_MSG_CT_GET",
+            subsystem: NetfilterSubsystem::Conntrack,
+            kind: GET,
+            family,
+            flags: 0,
+            attributes: vec![
+                nest(side, std::slice::from_ref(tuple)),
+                nest(FILTER, &[bytes(flags, parts.to_ne_bytes())]),
+            ],
+        };
+        let mut found = Vec::new();
+        nfnl::dump(query, |answer| {
+            if let Some(entry) = parse(answer).filter(&stale)
+                && found.len() < ROUND
+            {
+                found.push((entry.original.to_vec(), entry.id.to_vec()));
+            }
+        })?;
+        let more = found.len() == ROUND;
+        for (original, id) in found {
+            let delete = Request {
+                name: "conntrack IPCTNL_MSG_CT_DELETE",
+                subsystem: NetfilterSubsystem::Conntrack,
+                kind: DELETE,
+                family,
+                flags: 0,
+                attributes: vec![
+                    bytes(TUPLE_ORIGINAL | netlink_packet_core::NLA_F_NESTED, original),
+                    bytes(ID, id),
+                ],
+            };
+            match nfnl::act(delete) {
+                // It ended meanwhile.
+                Err(error) if error.errno() != Errno::ENOENT => return Err(error),
+                _ => {}
+            }
+        }
+        if !more {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn parse(answer: &[u8]) -> Option<Entry<'_>> {
+    let original = field(answer, TUPLE_ORIGINAL)?;
+    let address = |tuple, (v4, v6)| {
+        let ip = field(tuple, TUPLE_IP)?;
+        let v4 = field(ip, v4).and_then(|octets| <[u8; 4]>::try_from(octets).ok());
+        let v6 = field(ip, v6).and_then(|octets| <[u8; 16]>::try_from(octets).ok());
+        v4.map(IpAddr::from).or(v6.map(IpAddr::from))
+    };
+    Some(Entry {
+        to: address(original, (V4_DESTINATION, V6_DESTINATION))?,
+        answers_from: address(field(answer, TUPLE_REPLY)?, (V4_SOURCE, V6_SOURCE))?,
+        original,
+        id: field(answer, ID)?,
+    })
+}
+
+fn proto(forward: &Forward, (kind, port): (u16, u16)) -> DefaultNla {
+    let number = bytes(PROTO_NUMBER, [forward.protocol.number()]);
+    nest(TUPLE_PROTO, &[number, bytes(kind, port.to_be_bytes())])
+}
+
+fn keeps_flows(forward: &Forward) -> bool {
+    forward.protocol != Protocol::Tcp
+}
