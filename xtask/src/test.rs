@@ -15,6 +15,9 @@ use crate::tools::{self, Tool};
 use crate::vm_stage;
 use crate::{Places, TestFlags};
 
+/// Tells tests where the CNI reference plugins are.
+const CNI_BIN: &str = "CORACLE_CNI_BIN";
+
 /// A run of the stages.
 pub(crate) struct Run<'a> {
     /// Where things are.
@@ -209,6 +212,10 @@ fn unit(run: &mut Run<'_>) -> Result<bool> {
         "--exclude",
         "coracle-integration",
     ]);
+    // The reference plugins, where pods are connected by them.
+    if let Some(dir) = run.tool(Tool::Cni) {
+        command.env(CNI_BIN, dir);
+    }
     if run.flags.long {
         command.env("CORACLE_LONG", "1");
     }
@@ -304,12 +311,17 @@ fn oci_suite(run: &mut Run<'_>, runtime: &Path) -> Result<bool> {
 
 /// The CRI suite, on a daemon with failpoints.
 fn cri(run: &mut Run<'_>) -> Result<bool> {
-    let criclient = run.tool(Tool::Criclient);
+    let tools = [
+        (Tool::Criclient, "CRICLIENT", "criclient"),
+        (Tool::Streamer, "STREAMER", "streamer"),
+        (Tool::Cni, CNI_BIN, ""),
+    ];
+    let variables: Vec<_> = tools
+        .into_iter()
+        .filter_map(|(tool, variable, program)| Some((variable, run.tool(tool)?.join(program))))
+        .collect();
     let mut command = integration(run)?;
-    command.args(["--test", "cri"]);
-    if let Some(dir) = criclient {
-        command.env("CRICLIENT", dir.join("criclient"));
-    }
+    command.args(["--test", "cri"]).envs(variables);
     counting_skips(run, &mut command)
 }
 

@@ -32,6 +32,8 @@ pub(crate) enum Tool {
     Coredns,
     /// Our own driver over the kubelet's client library.
     Criclient,
+    /// Our own driver over kubectl's streaming libraries.
+    Streamer,
 }
 
 impl Tool {
@@ -44,6 +46,7 @@ impl Tool {
             Self::Etcd => "etcd",
             Self::Coredns => "coredns",
             Self::Criclient => "criclient",
+            Self::Streamer => "streamer",
         }
     }
 
@@ -59,6 +62,7 @@ impl Tool {
             Self::Etcd => "server",
             Self::Coredns => "coredns",
             Self::Criclient => "criclient",
+            Self::Streamer => "streamer",
         }
     }
 
@@ -105,7 +109,7 @@ impl Tool {
             ],
             Self::Etcd => &["-ldflags=-s -w", "go.etcd.io/etcd/server/v3"],
             Self::Coredns => &["-ldflags=-s -w", "github.com/coredns/coredns"],
-            Self::Criclient => &["-ldflags=-s -w", "."],
+            Self::Criclient | Self::Streamer => &["-ldflags=-s -w", "."],
         }
     }
 }
