@@ -158,8 +158,9 @@ async fn connection<S: Sessions>(shared: Arc<Shared<S>>, socket: TcpStream, mut 
         };
         async { Ok::<_, Infallible>(answer) }
     });
+    // One request a connection: every answer but an upgrade has "Connection: close". With `keep_alive(false)` the
+    // upgrade would have it too, which Go's clients do not take.
     let http = http1::Builder::new()
-        .keep_alive(false)
         .max_headers(MOST_HEADERS)
         .max_buf_size(MOST_HEAD)
         .timer(TokioTimer::new())
@@ -380,6 +381,9 @@ fn refuse(code: StatusCode, text: &str, headers: Option<HeaderMap>) -> Answer {
     let mut answer = Response::new(Full::from(format!("{text}\n")));
     *answer.status_mut() = code;
     *answer.headers_mut() = headers.unwrap_or_default();
+    answer
+        .headers_mut()
+        .insert(header::CONNECTION, HeaderValue::from_static("close"));
     answer.headers_mut().insert(
         header::CONTENT_TYPE,
         HeaderValue::from_static("text/plain; charset=utf-8"),
