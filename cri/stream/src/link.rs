@@ -5,8 +5,8 @@
 //! taken counts against a budget, beyond which nothing more is read.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -54,10 +54,20 @@ impl Wire {
 
 /// What has arrived. A stream is a SPDY stream or a channel.
 pub(crate) enum Event {
-    Opened { stream: u32, headers: Headers },
-    Data { stream: u32, bytes: Bytes },
-    Finished { stream: u32 },
-    Reset { stream: u32 },
+    Opened {
+        stream: u32,
+        headers: Headers,
+    },
+    Data {
+        stream: u32,
+        bytes: Bytes,
+    },
+    Finished {
+        stream: u32,
+    },
+    Reset {
+        stream: u32,
+    },
     /// To be given to the writer.
     Answer(Send),
 }
@@ -148,7 +158,8 @@ where
             }
         };
         let flushed = async {
-            let _ = writing.await;
+            // what the peer sends meanwhile is no sign that it will ever read
+            let _ = tokio::time::timeout(idle, writing).await;
             tokio::time::sleep(LINGER).await;
         };
         tokio::select! {
@@ -293,11 +304,7 @@ impl Reader {
             self.input.reserve(self.read);
         }
         let room = self.input.capacity() - self.input.len();
-        let got = self
-            .socket
-            .read_buf(&mut self.input)
-            .await
-            .map_err(Gone::Read)?;
+        let got = self.socket.read_buf(&mut self.input).await.map_err(Gone::Read)?;
         if got == 0 {
             return Err(Gone::Closed);
         }

@@ -73,9 +73,7 @@ pub(crate) async fn copy(
     let tty = tty.map(|fd| register(fd, tty_interest)).transpose()?;
     let stdin = or_tty(stdin, tty.as_ref(), Interest::WRITABLE)?;
     let stdout = or_tty(stdout, tty.as_ref(), Interest::READABLE)?;
-    let stderr = stderr
-        .map(|fd| register(fd, Interest::READABLE))
-        .transpose()?;
+    let stderr = stderr.map(|fd| register(fd, Interest::READABLE)).transpose()?;
 
     let Inputs {
         stdin: pieces,
@@ -204,7 +202,11 @@ async fn copy_out(source: &Fd, stream: Option<u32>, to: &mpsc::Sender<Send>, poo
     }
 }
 
-async fn send(to: &mpsc::Sender<Send>, stream: Option<u32>, chunk: Chunk) -> Result<(), mpsc::error::SendError<Send>> {
+async fn send(
+    to: &mpsc::Sender<Send>,
+    stream: Option<u32>,
+    chunk: Chunk,
+) -> Result<(), mpsc::error::SendError<Send>> {
     match stream {
         Some(stream) => to.send(Send::Data(stream, chunk)).await,
         None => Ok(()),

@@ -78,14 +78,22 @@ mod tests {
     fn the_last_complete_size_counts() {
         let mut resizes = Resizes::default();
         assert_eq!(resizes.push(b"{\"Width\":80,\"Hei"), None);
-        assert_eq!(resizes.push(b"ght\":24}\n{\"width\":100,\"height\":30}{"), size(100, 30));
+        assert_eq!(
+            resizes.push(b"ght\":24}\n{\"width\":100,\"height\":30}{"),
+            size(100, 30)
+        );
         assert_eq!(resizes.push(b"\"Width\":0,\"Height\":5}"), None);
         assert_eq!(resizes.push(b" {\"Width\":1,\"Height\":2}\n"), size(1, 2));
     }
 
     #[test]
     fn rubbish_ends_it() {
-        for rubbish in [&b"]"[..], &[b' '; 600], b"{\"Width\":70000,\"Height\":1}", &[b'['; 1000]] {
+        for rubbish in [
+            &b"]"[..],
+            &[b' '; 600],
+            b"{\"Width\":70000,\"Height\":1}",
+            &[b'['; 1000],
+        ] {
             let mut resizes = Resizes::default();
             assert_eq!(resizes.push(rubbish), None);
             let after = resizes.push(b"{\"Width\":1,\"Height\":2}");

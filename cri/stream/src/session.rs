@@ -75,7 +75,10 @@ async fn body<S: Sessions>(
             stderr: streams.stderr,
             to: to.clone(),
         };
-        Ok((streams, play(command, sessions, inputs, outputs, limits.drain).await))
+        Ok((
+            streams,
+            play(command, sessions, inputs, outputs, limits.drain).await,
+        ))
     };
     let (streams, outcome) = tokio::select! {
         gone = inbound.run(&mut reader) => return Err(gone),
@@ -192,7 +195,11 @@ impl Inbound {
         };
         let mut inbound = Inbound {
             // channels have these numbers, and are there from the beginning
-            streams: if wire.has_streams() { Streams::default() } else { expected },
+            streams: if wire.has_streams() {
+                Streams::default()
+            } else {
+                expected
+            },
             expected,
             has_resize: protocol.resize,
             opened: Some(opened),

@@ -163,9 +163,7 @@ pub(crate) mod deflate {
 
         pub(crate) fn raw(&mut self, plain: &[u8]) -> Vec<u8> {
             let mut out = Vec::with_capacity(plain.len() + 1024);
-            self.0
-                .compress_vec(plain, &mut out, FlushCompress::Sync)
-                .unwrap();
+            self.0.compress_vec(plain, &mut out, FlushCompress::Sync).unwrap();
             out
         }
     }

@@ -38,7 +38,10 @@ async fn serve_by_hand() {
             }),
             _ => StreamRequest::PortForward(PortForwardRequest {
                 pod: "pod".to_owned(),
-                ports: rest.split_whitespace().filter_map(|port| port.parse().ok()).collect(),
+                ports: rest
+                    .split_whitespace()
+                    .filter_map(|port| port.parse().ok())
+                    .collect(),
             }),
         };
         println!("{}", fixture.url(request));

@@ -92,7 +92,10 @@ impl Spdy {
         assert!(head.starts_with("http/1.1 101"), "{head}");
         assert!(head.contains("\r\nupgrade: spdy/3.1\r\n"), "{head}");
         assert!(head.contains("\r\nconnection: upgrade\r\n"), "{head}");
-        assert!(head.contains(&format!("x-stream-protocol-version: {protocol}")), "{head}");
+        assert!(
+            head.contains(&format!("x-stream-protocol-version: {protocol}")),
+            "{head}"
+        );
         Spdy::over(socket)
     }
 
@@ -143,7 +146,9 @@ impl Spdy {
 
     /// The next frame; `None` at the end.
     pub(super) async fn read(&mut self) -> Option<Frame> {
-        tokio::time::timeout(PATIENCE, self.read_on()).await.expect("the server says nothing")
+        tokio::time::timeout(PATIENCE, self.read_on())
+            .await
+            .expect("the server says nothing")
     }
 
     async fn read_on(&mut self) -> Option<Frame> {
@@ -178,7 +183,10 @@ impl Spdy {
             match frame {
                 None => return result,
                 Some(Frame::Data(stream, bytes, fin)) => {
-                    assert!(!result.finished.contains(&stream), "data after the end of {stream}");
+                    assert!(
+                        !result.finished.contains(&stream),
+                        "data after the end of {stream}"
+                    );
                     result.data.entry(stream).or_default().extend(bytes);
                     if fin {
                         result.finished.push(stream);
@@ -228,7 +236,10 @@ impl Socket {
         let (socket, head) = request("GET", url, &lines).await;
         assert!(head.starts_with("http/1.1 101"), "{head}");
         assert!(head.contains("\r\nconnection: upgrade\r\n"), "{head}");
-        assert!(head.contains("sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo="), "{head}");
+        assert!(
+            head.contains("sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo="),
+            "{head}"
+        );
         assert_eq!(head.contains("sec-websocket-protocol"), !protocol.is_empty());
         Socket { socket }
     }
@@ -241,7 +252,9 @@ impl Socket {
 
     /// The next frame: its type and payload; `None` at the end.
     pub(super) async fn read(&mut self) -> Option<(u8, Vec<u8>)> {
-        tokio::time::timeout(PATIENCE, self.read_on()).await.expect("the server says nothing")
+        tokio::time::timeout(PATIENCE, self.read_on())
+            .await
+            .expect("the server says nothing")
     }
 
     async fn read_on(&mut self) -> Option<(u8, Vec<u8>)> {

@@ -24,8 +24,15 @@ async fn output_and_exit_code_arrive_in_order() {
     let url = fixture.exec("echo out; echo err >&2; exit 7", false, false);
     let mut client = open(&url, V4, &["error", "stdout", "stderr"]).await;
     let result = client.rest().await;
-    assert_eq!((result.text(3), result.text(5)), ("out\n".to_owned(), "err\n".to_owned()));
-    assert!(result.text(1).contains(r#""causes":[{"reason":"ExitCode","message":"7"}]"#));
+    assert_eq!(
+        (result.text(3), result.text(5)),
+        ("out\n".to_owned(), "err\n".to_owned())
+    );
+    assert!(
+        result
+            .text(1)
+            .contains(r#""causes":[{"reason":"ExitCode","message":"7"}]"#)
+    );
     // output is over before the status is
     assert_eq!(result.finished, [3, 5, 1]);
     assert!(result.gone_away);
@@ -53,7 +60,10 @@ async fn every_version_tells_failures_in_its_way() {
         let mut client = open(&url, version, &["error", "stdout", "stderr"]).await;
         let result = client.rest().await;
         assert_eq!(result.text(3), "out\n");
-        assert_eq!(result.text(1), "command terminated with non-zero exit code: exit status 3");
+        assert_eq!(
+            result.text(1),
+            "command terminated with non-zero exit code: exit status 3"
+        );
         let url = fixture.exec("true", false, false);
         let mut client = open(&url, version, &["error", "stdout", "stderr"]).await;
         assert_eq!(client.rest().await.text(1), "");
@@ -94,7 +104,10 @@ async fn a_failed_start_is_told_on_the_error_stream() {
     let mut client = open(&url, V4, &["error", "stdout"]).await;
     let status = client.rest().await.text(1);
     let expected = "Internal error occurred: error executing command in container: exec";
-    assert!(status.contains(expected) && status.contains("\"code\":500"), "{status}");
+    assert!(
+        status.contains(expected) && status.contains("\"code\":500"),
+        "{status}"
+    );
 }
 
 #[tokio::test]
@@ -128,7 +141,12 @@ async fn a_client_that_leaves_takes_everything_with_it() {
     let fixture = Fixture::start().await;
     let all = ["error", "stdin", "stdout", "stderr"];
     // waiting; with input that nobody takes; with output that nobody takes; while it starts
-    for script in ["sleep 1000", "exec sleep 1000 < /dev/null", "yes", "sleep 1000 <&-"] {
+    for script in [
+        "sleep 1000",
+        "exec sleep 1000 < /dev/null",
+        "yes",
+        "sleep 1000 <&-",
+    ] {
         let url = fixture.exec(script, false, true);
         let mut client = open(&url, V4, &all).await;
         // more than what may wait for the process, and not so much that our end stays in the socket's buffers
@@ -154,10 +172,15 @@ async fn a_client_that_does_not_read_stops_the_process() {
     let directory = std::env::temp_dir().join(format!("coracle-stream-{}", std::process::id()));
     let path = directory.to_str().unwrap();
     // counts what it could write, in a file
-    let script = format!("i=0; while [ $i -lt 3000 ]; do head -c 65536 /dev/zero; i=$((i+1)); echo $i > {path}; done");
+    let script =
+        format!("i=0; while [ $i -lt 3000 ]; do head -c 65536 /dev/zero; i=$((i+1)); echo $i > {path}; done");
     let url = fixture.exec(&script, false, false);
     let mut client = open(&url, V4, &["error", "stdout", "stderr"]).await;
-    let count = || std::fs::read_to_string(&directory).ok().and_then(|t| t.trim().parse::<u32>().ok());
+    let count = || {
+        std::fs::read_to_string(&directory)
+            .ok()
+            .and_then(|t| t.trim().parse::<u32>().ok())
+    };
     let mut last = None;
     loop {
         tokio::time::sleep(Duration::from_millis(300)).await;
@@ -179,7 +202,9 @@ async fn a_hundred_megabytes_go_through_each_way() {
     let fixture = Fixture::start().await;
     let url = fixture.exec("cat", false, true);
     let client = open(&url, V4, &["error", "stdin", "stdout", "stderr"]).await;
-    let bytes: Vec<u8> = (0..100u32 << 20).map(|i| (i ^ (i >> 8) ^ (i >> 16)) as u8).collect();
+    let bytes: Vec<u8> = (0..100u32 << 20)
+        .map(|i| (i ^ (i >> 8) ^ (i >> 16)).to_le_bytes()[0])
+        .collect();
     let (read, mut write) = client.socket.into_split();
     let sent = bytes.clone();
     let sending = tokio::spawn(async move {
@@ -230,7 +255,10 @@ async fn attachments_end_with_their_output() {
     client.data(3, b"it\n", false).await;
     let result = client.rest().await;
     // the container's exit code is no business of an attachment
-    assert_eq!((result.text(5), result.text(1)), ("got it\n".to_owned(), SUCCESS.to_owned()));
+    assert_eq!(
+        (result.text(5), result.text(1)),
+        ("got it\n".to_owned(), SUCCESS.to_owned())
+    );
     // a terminal whose output comes another way
     let url = attach("echo from the monitor", true, true, true);
     let mut client = open(&url, V4, &["error", "stdin", "stdout", "resize"]).await;
@@ -248,7 +276,9 @@ async fn pings_are_answered_and_strange_frames_ignored() {
     assert_eq!(client.read().await, Some(Frame::Ping(9)));
     // an answer to a question that nobody asked, settings, a window, credentials, data of no stream
     client.send(&control(6, 0, &[0, 0, 0, 8])).await;
-    client.send(&control(4, 0, &[0, 0, 0, 1, 0, 0, 0, 7, 0, 0, 1, 0])).await;
+    client
+        .send(&control(4, 0, &[0, 0, 0, 1, 0, 0, 0, 7, 0, 0, 1, 0]))
+        .await;
     client.send(&control(9, 0, &[0, 0, 0, 3, 0, 1, 0, 0])).await;
     client.send(&control(10, 0, &[1, 2, 3])).await;
     client.data(99, b"lost", true).await;
@@ -259,7 +289,11 @@ async fn pings_are_answered_and_strange_frames_ignored() {
 #[tokio::test]
 async fn output_that_the_client_resets_is_closed() {
     let fixture = Fixture::start().await;
-    let url = fixture.exec("trap '' PIPE; while echo x; do :; done 2>/dev/null; exit 4", false, false);
+    let url = fixture.exec(
+        "trap '' PIPE; while echo x; do :; done 2>/dev/null; exit 4",
+        false,
+        false,
+    );
     let mut client = open(&url, V4, &["error", "stdout", "stderr"]).await;
     client.send(&control(3, 0, &[0, 0, 0, 3, 0, 0, 0, 5])).await;
     assert!(client.rest().await.text(1).contains("exit status 4"));

@@ -72,9 +72,7 @@ impl Local {
             process.stdout = Some(read_out);
             process.stderr = Some(read_err);
         }
-        let mut running = child
-            .spawn()
-            .map_err(|e| format!("exec {:?}: {e}", command[0]))?;
+        let mut running = child.spawn().map_err(|e| format!("exec {:?}: {e}", command[0]))?;
         drop(child);
         let (exited, exit) = oneshot::channel();
         let (held, mut dropped) = oneshot::channel::<()>();

@@ -36,7 +36,13 @@ async fn echo(mut socket: TcpStream) {
 /// Opens the pair of one connection: (error, data).
 async fn pair(client: &mut Spdy, port: u16, id: u32) -> (u32, u32) {
     let (port, id) = (port.to_string(), id.to_string());
-    let headers = |kind| [("streamtype", kind), ("port", port.as_str()), ("requestid", id.as_str())];
+    let headers = |kind| {
+        [
+            ("streamtype", kind),
+            ("port", port.as_str()),
+            ("requestid", id.as_str()),
+        ]
+    };
     let error = client.open(&headers("error")).await;
     client.data(error, b"", true).await;
     (error, client.open(&headers("data")).await)
@@ -104,7 +110,10 @@ async fn a_refused_port_is_an_error_text_and_not_the_end() {
     let (error, stream) = pair(&mut client, free, 0).await;
     let got = until_over(&mut client, &[error, stream]).await;
     let text = String::from_utf8(got[0].clone()).unwrap();
-    assert!(text.starts_with(&format!("error forwarding port {free} to pod pod: connect")), "{text}");
+    assert!(
+        text.starts_with(&format!("error forwarding port {free} to pod pod: connect")),
+        "{text}"
+    );
     assert!(text.contains("refused"), "{text}");
     let (error, stream) = pair(&mut client, 1, 1).await;
     let got = until_over(&mut client, &[error, stream]).await;
@@ -132,7 +141,9 @@ async fn streams_that_make_no_pair_are_refused_or_expire() {
         client.send(&frame).await;
         assert_eq!(client.read().await, Some(Frame::Reset(stream)));
     }
-    let error = client.open(&[("streamtype", "error"), ("port", "80"), ("requestid", "5")]).await;
+    let error = client
+        .open(&[("streamtype", "error"), ("port", "80"), ("requestid", "5")])
+        .await;
     let twice = client.syn(&[("streamtype", "error"), ("port", "80"), ("requestid", "5")], 0);
     client.send(&twice.1).await;
     assert_eq!(client.read().await, Some(Frame::Reset(twice.0)));
@@ -156,7 +167,9 @@ async fn a_hundred_connections_at_once() {
         streams.push(pair(&mut client, port, id).await.1);
     }
     for (at, stream) in streams.iter().enumerate() {
-        client.data(*stream, &vec![u8::try_from(at).unwrap(); 10_000], true).await;
+        client
+            .data(*stream, &vec![u8::try_from(at).unwrap(); 10_000], true)
+            .await;
     }
     let mut got = vec![0; 100];
     while got.iter().any(|n| *n < 10_000) {
@@ -181,7 +194,10 @@ async fn a_target_that_does_not_read_stops_the_client_and_not_the_memory() {
     let (_, stream) = pair(&mut client, port, 0).await;
     let chunk = vec![0; 1 << 20];
     let mut sent = 0;
-    while tokio::time::timeout(Duration::from_millis(500), client.data(stream, &chunk, false)).await.is_ok() {
+    while tokio::time::timeout(Duration::from_millis(500), client.data(stream, &chunk, false))
+        .await
+        .is_ok()
+    {
         sent += 1;
         assert!(sent < 60, "{sent} MiB and no end");
     }

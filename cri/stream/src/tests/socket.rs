@@ -45,7 +45,10 @@ async fn base64_is_text_both_ways() {
     client.send(1, b"0aXQK").await;
     assert_eq!(client.read().await, Some((1, b"1Z290IGl0Cg==".to_vec())));
     let (channels, _) = client.rest().await;
-    assert!(channels[&b'3'].starts_with(b"eyJzdGF0dXMiOiJGYWlsdXJlIi"), "{channels:?}");
+    assert!(
+        channels[&b'3'].starts_with(b"eyJzdGF0dXMiOiJGYWlsdXJlIi"),
+        "{channels:?}"
+    );
 }
 
 #[tokio::test]
@@ -55,7 +58,10 @@ async fn the_oldest_protocols_tell_failures_as_text() {
         let url = fixture.exec("echo out; exit 3", false, false);
         let (channels, _) = Socket::connect(&url, protocol).await.rest().await;
         assert_eq!(channels[&1], b"out\n");
-        assert_eq!(channels[&3], b"command terminated with non-zero exit code: exit status 3");
+        assert_eq!(
+            channels[&3],
+            b"command terminated with non-zero exit code: exit status 3"
+        );
         let url = fixture.exec("true", false, false);
         let (channels, _) = Socket::connect(&url, protocol).await.rest().await;
         assert!(!channels.contains_key(&3), "{channels:?}");

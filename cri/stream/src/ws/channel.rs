@@ -63,7 +63,11 @@ impl Channels {
             self.message = match number {
                 CLOSE if self.half_close => Message::Close(None),
                 _ => Message::Data {
-                    channel: if self.base64 { number.wrapping_sub(b'0') } else { number },
+                    channel: if self.base64 {
+                        number.wrapping_sub(b'0')
+                    } else {
+                        number
+                    },
                     group: Vec::new(),
                 },
             };
@@ -111,9 +115,7 @@ pub(crate) fn encode(channel: u8, bytes: &[u8]) -> Vec<u8> {
 fn decode(group: &mut Vec<u8>, bytes: &BytesMut, last: bool) -> Result<Bytes, Error> {
     group.extend_from_slice(bytes);
     let whole = if last { group.len() } else { group.len() / 4 * 4 };
-    let plain = BASE64
-        .decode(&group[..whole])
-        .map_err(|_| Error::Base64)?;
+    let plain = BASE64.decode(&group[..whole]).map_err(|_| Error::Base64)?;
     group.drain(..whole);
     Ok(plain.into())
 }
@@ -152,7 +154,10 @@ mod tests {
         let mut channels = Channels::new(true, false);
         assert_eq!(channels.piece(piece(b"0Zm9", true, false)), Ok(None));
         assert_eq!(channels.piece(piece(b"vYm", false, false)), Ok(data(0, b"foo")));
-        assert_eq!(channels.piece(piece(b"FyCg==", false, true)), Ok(data(0, b"bar\n")));
+        assert_eq!(
+            channels.piece(piece(b"FyCg==", false, true)),
+            Ok(data(0, b"bar\n"))
+        );
         assert_eq!(channels.piece(piece(b"4!!!!", true, true)), Err(Error::Base64));
         assert_eq!(encode(1, b"\n"), b"1Cg==");
     }

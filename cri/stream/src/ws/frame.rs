@@ -98,9 +98,7 @@ impl Decoder {
             unmask(&mut body, head.mask);
             match head.opcode {
                 opcode::CLOSE => {
-                    let status = body
-                        .first_chunk::<2>()
-                        .map(|bytes| u16::from_be_bytes(*bytes));
+                    let status = body.first_chunk::<2>().map(|bytes| u16::from_be_bytes(*bytes));
                     return Ok(Some(Event::Close(status)));
                 }
                 opcode::PING => return Ok(Some(Event::Ping(body.freeze()))),
