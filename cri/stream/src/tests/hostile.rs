@@ -104,7 +104,9 @@ async fn those_who_only_connect_are_closed_when_they_are_many_or_slow() {
         idle.push(TcpStream::connect(fixture.server.address()).await.unwrap());
     }
     // the oldest
-    assert_eq!(idle[0].read(&mut [0; 8]).await.unwrap_or(0), 0);
+    let mut buffer = [0; 8];
+    let end = tokio::time::timeout(Duration::from_secs(5), idle[0].read(&mut buffer));
+    assert_eq!(end.await.expect("the oldest is kept").unwrap_or(0), 0);
     let url = fixture.exec("echo in", false, false);
     let mut client = Spdy::connect(&url, V4).await;
     for kind in ["error", "stdout", "stderr"] {
