@@ -158,7 +158,8 @@ where
             }
         };
         let flushed = async {
-            let _ = writing.await;
+            // what the peer sends meanwhile is no sign that it will ever read
+            let _ = tokio::time::timeout(idle, writing).await;
             tokio::time::sleep(LINGER).await;
         };
         tokio::select! {

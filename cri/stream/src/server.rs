@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use crate::link::Link;
-use crate::negotiate::{Protocol, negotiate};
+use crate::negotiate::{Protocol, Refusal, negotiate};
 use crate::session::{self, Command};
 use crate::token::{self, Tokens};
 use crate::{Limits, Sessions, StreamRequest, portforward};
@@ -157,11 +157,12 @@ async fn connection<S: Sessions>(shared: Arc<Shared<S>>, socket: TcpStream, mut 
                 *accepted.lock().unwrap_or_else(PoisonError::into_inner) = Some(upgrade);
                 answer
             }
-            Err(refusal) => refusal,
+            Err(refusal) => refuse(&refusal),
         };
         async { Ok::<_, Infallible>(answer) }
     });
-    // Not without keep-alive: that says "close" beside "Upgrade", and clients then see no upgrade. Refusals close.
+    // One request a connection: every answer but an upgrade has "Connection: close". With `keep_alive(false)` the
+    // upgrade would have it too, which Go's clients do not take.
     let http = http1::Builder::new()
         .max_headers(MOST_HEADERS)
         .max_buf_size(MOST_HEAD)
@@ -193,13 +194,15 @@ type Answer = Response<Full<Bytes>>;
 fn accept<S: Sessions>(
     shared: &Arc<Shared<S>>,
     mut request: Request<Incoming>,
-) -> Result<(Answer, Upgrade<S>), Answer> {
+) -> Result<(Answer, Upgrade<S>), Refusal> {
+    let refusal = |code, text| Refusal {
+        code,
+        text,
+        accepted: None,
+    };
     let unknown = || {
-        refuse(
-            StatusCode::NOT_FOUND,
-            "no such session, or its URL was used already",
-            None,
-        )
+        let text = "no such session, or its URL was used already".to_owned();
+        refusal(StatusCode::NOT_FOUND, text)
     };
     let now = Instant::now();
     let (kind, token) = split(request.uri().path()).ok_or_else(unknown)?;
@@ -207,12 +210,11 @@ fn accept<S: Sessions>(
     if path(&wanted) != kind {
         return Err(unknown());
     }
-    let protocol = negotiate(request.method(), request.headers(), &wanted)
-        .map_err(|refusal| refuse(refusal.code, &refusal.text, Some(refusal.headers)))?;
+    let protocol = negotiate(request.method(), request.headers(), &wanted)?;
     let place = Place::take(shared, key(&wanted)).ok_or_else(|| {
-        let most = shared.limits.sessions_per_key;
-        let text = format!("{} has {most} streaming sessions already", key(&wanted));
-        refuse(StatusCode::TOO_MANY_REQUESTS, &text, None)
+        let (key, most) = (key(&wanted), shared.limits.sessions_per_key);
+        let text = format!("{key} has {most} streaming sessions already");
+        refusal(StatusCode::TOO_MANY_REQUESTS, text)
     })?;
     let wanted = shared.tokens.take(token, now).ok_or_else(unknown)?;
     let upgrade = hyper::upgrade::on(&mut request);
@@ -389,16 +391,19 @@ fn split(path: &str) -> Option<(&str, &str)> {
     (token.len() == token::LENGTH).then_some((kind, token))
 }
 
-fn refuse(code: StatusCode, text: &str, headers: Option<HeaderMap>) -> Answer {
-    let mut answer = Response::new(Full::from(format!("{text}\n")));
-    *answer.status_mut() = code;
-    *answer.headers_mut() = headers.unwrap_or_default();
-    answer.headers_mut().insert(
+fn refuse(refusal: &Refusal) -> Answer {
+    let mut answer = Response::new(Full::from(format!("{}\n", refusal.text)));
+    *answer.status_mut() = refusal.code;
+    let headers = answer.headers_mut();
+    headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    headers.insert(
         header::CONTENT_TYPE,
         HeaderValue::from_static("text/plain; charset=utf-8"),
     );
-    answer
-        .headers_mut()
-        .insert(header::CONNECTION, HeaderValue::from_static("close"));
+    if let Some((name, values)) = &refusal.accepted {
+        for value in *values {
+            headers.append(name, HeaderValue::from_static(value));
+        }
+    }
     answer
 }

@@ -176,10 +176,10 @@ impl Connection {
             kind::PING => {
                 let number = u32::from_be_bytes(*body.first_chunk::<4>().ok_or(wrong)?);
                 // a client's numbers are odd; an even one would answer a question that we never ask
-                Ok((number % 2 == 1).then(|| Event::Answer(frame::ping(number))))
+                Ok((!number.is_multiple_of(2)).then(|| Event::Answer(frame::ping(number))))
             }
             kind::GOAWAY | kind::WINDOW_UPDATE if body.len() != 8 => Err(wrong),
-            kind::SETTINGS if body.len() < 4 || (body.len() - 4) % 8 != 0 => Err(wrong),
+            kind::SETTINGS if body.len() < 4 || !(body.len() - 4).is_multiple_of(8) => Err(wrong),
             // Nothing to do: the peer closes the connection after GOAWAY, no setting means anything without windows,
             // and frames of unknown types are to be ignored.
             _ => Ok(None),
@@ -187,7 +187,7 @@ impl Connection {
     }
 
     fn opened(&mut self, stream: u32, flags: u8, headers: Headers) -> Event {
-        if stream % 2 == 0 || stream <= self.last || flags & UNIDIRECTIONAL != 0 {
+        if stream.is_multiple_of(2) || stream <= self.last || flags & UNIDIRECTIONAL != 0 {
             return Event::Answer(frame::reset(stream, Reason::Protocol));
         }
         self.last = stream;

@@ -9,7 +9,8 @@ pub(crate) const CHECKSUM: u32 = 0xe3c6_a7c2;
 pub(crate) static DICTIONARY: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let mut bytes = Vec::with_capacity(1423);
     for word in WORDS {
-        bytes.extend((word.len() as u32).to_be_bytes());
+        let length = u32::try_from(word.len()).unwrap_or_default();
+        bytes.extend(length.to_be_bytes());
         bytes.extend(word.as_bytes());
     }
     bytes.extend(TAIL.as_bytes());

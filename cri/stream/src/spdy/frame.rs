@@ -76,7 +76,7 @@ impl Head {
 /// The head of a DATA frame. `length` is below 16 MiB: our chunks are 256 KiB.
 pub(crate) fn data(stream: u32, flags: u8, length: usize) -> [u8; HEAD] {
     let [a, b, c, d] = (stream & 0x7fff_ffff).to_be_bytes();
-    let [_, e, f, g] = (length as u32).to_be_bytes();
+    let [e, f, g] = three(length);
     [a, b, c, d, flags, e, f, g]
 }
 
@@ -120,9 +120,18 @@ fn control(kind: u16, parts: &[&[u8]]) -> Vec<u8> {
     let mut frame = Vec::with_capacity(HEAD + length);
     frame.extend((0x8000 | VERSION).to_be_bytes());
     frame.extend(kind.to_be_bytes());
-    frame.extend((length as u32).to_be_bytes());
+    frame.push(0);
+    frame.extend(three(length));
     parts.iter().for_each(|part| frame.extend(*part));
     frame
+}
+
+/// A length in the three bytes that frames have for it.
+fn three(length: usize) -> [u8; 3] {
+    // what we send is far shorter
+    let length = u32::try_from(length).unwrap_or(u32::MAX);
+    let [_, a, b, c] = length.to_be_bytes();
+    [a, b, c]
 }
 
 #[cfg(test)]

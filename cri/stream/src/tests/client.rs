@@ -37,7 +37,8 @@ pub(super) async fn request(method: &str, url: &str, lines: &[&str]) -> (TcpStre
 pub(super) async fn refused(method: &str, url: &str, lines: &[&str]) -> (String, String) {
     let (mut socket, head) = request(method, url, lines).await;
     let mut text = String::new();
-    socket.read_to_string(&mut text).await.unwrap();
+    let read = socket.read_to_string(&mut text);
+    tokio::time::timeout(PATIENCE, read).await.unwrap().unwrap();
     (head, text)
 }
 
@@ -89,7 +90,8 @@ impl Spdy {
         let lines = spdy_lines(protocol);
         let (socket, head) = request("POST", url, &lines.each_ref().map(String::as_str)).await;
         assert!(head.starts_with("http/1.1 101"), "{head}");
-        assert!(head.contains("upgrade: spdy/3.1"), "{head}");
+        assert!(head.contains("\r\nupgrade: spdy/3.1\r\n"), "{head}");
+        assert!(head.contains("\r\nconnection: upgrade\r\n"), "{head}");
         assert!(
             head.contains(&format!("x-stream-protocol-version: {protocol}")),
             "{head}"
@@ -233,6 +235,7 @@ impl Socket {
         }
         let (socket, head) = request("GET", url, &lines).await;
         assert!(head.starts_with("http/1.1 101"), "{head}");
+        assert!(head.contains("\r\nconnection: upgrade\r\n"), "{head}");
         assert!(
             head.contains("sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo="),
             "{head}"

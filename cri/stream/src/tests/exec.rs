@@ -123,6 +123,18 @@ async fn what_was_written_before_the_exit_is_not_lost() {
 }
 
 #[tokio::test]
+async fn what_a_child_writes_soon_after_the_exit_is_waited_for() {
+    let fixture = Fixture::start().await;
+    let url = fixture.exec("(sleep 0.3; echo late) & exit 0", false, false);
+    let mut client = open(&url, V4, &["error", "stdout", "stderr"]).await;
+    let result = client.rest().await;
+    assert_eq!(
+        (result.text(3), result.text(1)),
+        ("late\n".to_owned(), SUCCESS.to_owned())
+    );
+}
+
+#[tokio::test]
 async fn one_who_keeps_writing_after_the_exit_does_not_keep_the_session() {
     let fixture = Fixture::with(Limits {
         drain: Duration::from_millis(100),
@@ -131,9 +143,19 @@ async fn one_who_keeps_writing_after_the_exit_does_not_keep_the_session() {
     .await;
     let url = fixture.exec("yes & sleep 0.1; exit 0", false, false);
     let mut client = open(&url, V4, &["error", "stdout", "stderr"]).await;
-    let result = client.rest().await;
-    assert_eq!(result.text(1), SUCCESS);
-    assert!(result.data[&3].len() > 1 << 20);
+    // so slow a reader that the pipe is never empty
+    let (mut bytes, mut status) = (0, Vec::new());
+    while status.is_empty() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        match client.read().await.unwrap() {
+            Frame::Data(3, data, _) => bytes += data.len(),
+            Frame::Data(1, data, _) => status = data,
+            _ => {}
+        }
+        assert!(bytes < 64 << 20, "no end after {bytes} bytes");
+    }
+    assert_eq!(status, SUCCESS.as_bytes());
+    assert!(bytes > 1 << 20);
 }
 
 #[tokio::test]
@@ -203,7 +225,7 @@ async fn a_hundred_megabytes_go_through_each_way() {
     let url = fixture.exec("cat", false, true);
     let client = open(&url, V4, &["error", "stdin", "stdout", "stderr"]).await;
     let bytes: Vec<u8> = (0..100u32 << 20)
-        .map(|i| (i ^ (i >> 8) ^ (i >> 16)) as u8)
+        .map(|i| (i ^ (i >> 8) ^ (i >> 16)).to_le_bytes()[0])
         .collect();
     let (read, mut write) = client.socket.into_split();
     let sent = bytes.clone();

@@ -7,9 +7,9 @@ use tokio::net::TcpStream;
 
 use super::client::{Frame, Socket, Spdy, control, data, refused, spdy_lines};
 use super::fake::Fixture;
+use crate::Limits;
 use crate::spdy::header::deflate::Deflater;
 use crate::ws::frame::masked;
-use crate::{Limits, session};
 
 const V4: &str = "v4.channel.k8s.io";
 
@@ -104,7 +104,9 @@ async fn those_who_only_connect_are_closed_when_they_are_many_or_slow() {
         idle.push(TcpStream::connect(fixture.server.address()).await.unwrap());
     }
     // the oldest
-    assert_eq!(idle[0].read(&mut [0; 8]).await.unwrap_or(0), 0);
+    let mut buffer = [0; 8];
+    let end = tokio::time::timeout(Duration::from_secs(5), idle[0].read(&mut buffer));
+    assert_eq!(end.await.expect("the oldest is kept").unwrap_or(0), 0);
     let url = fixture.exec("echo in", false, false);
     let mut client = Spdy::connect(&url, V4).await;
     for kind in ["error", "stdout", "stderr"] {
@@ -209,7 +211,6 @@ async fn streams_beyond_the_limit_are_refused() {
         };
         assert_eq!(client.read().await, Some(expected));
     }
-    assert!(session::MOST_STREAMS >= 5);
 }
 
 #[tokio::test]

@@ -192,10 +192,10 @@ fn near_frames_of_fixed_seeds_are_survived() {
     for _ in 0..3000 {
         let mut bytes = Vec::new();
         for _ in 0..next() % 20 {
-            let body: Vec<u8> = (0..next() % 64).map(|_| (next() >> 3) as u8).collect();
+            let body: Vec<u8> = (0..next() % 64).map(|_| next().to_le_bytes()[0]).collect();
             bytes.extend(match next() % 3 {
                 0 => data(next() % 20, &body, next() % 2 == 0),
-                _ => control((next() % 12) as u8, (next() % 4) as u8, &body),
+                _ => control(next().to_le_bytes()[0] % 12, next().to_le_bytes()[0] % 4, &body),
             });
         }
         let at = (next() as usize) % (bytes.len() + 1);
