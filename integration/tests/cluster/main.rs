@@ -76,7 +76,7 @@ fn run(programs: &Programs, wanted: &[Case]) -> Result<Vec<&'static str>> {
     let layout = busybox_layout(cell.dir(), "app", "app:1")?;
     let daemon = Daemon::start(&cell, None)?;
     let image = daemon.import(&cell, &layout, "test.example/app:1")?;
-    let mut cluster = Cluster::start(&cell, programs, &daemon)?;
+    let mut cluster = Cluster::start(&cell, programs, &daemon.socket())?;
     cluster.start_services()?;
     println!(
         "    the cluster is up after {:.0} s",
