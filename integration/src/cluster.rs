@@ -82,6 +82,7 @@ impl<'a> Cluster<'a> {
                 "nodeStatusUpdateFrequency": "2s", "syncFrequency": "5s",
                 "kubeAPIQPS": 200, "kubeAPIBurst": 400, "registryPullQPS": 0, "eventRecordQPS": 0,
             }),
+            by_flag: false,
             kubeconfig: Some(&cluster.kubeconfig),
         };
         cluster.kubelet = Some(Kubelet::start(cell, &programs.kubelet, &options)?);
