@@ -77,7 +77,12 @@ fn run(programs: &Programs, wanted: &[Case]) -> Result<Vec<&'static str>> {
     let daemon = Daemon::start(&cell, None)?;
     let image = daemon.import(&cell, &layout, "test.example/app:1")?;
     let mut cluster = Cluster::start(&cell, programs, &daemon.socket())?;
-    cluster.start_services()?;
+    let with_services = services::ALL
+        .iter()
+        .any(|(service, _)| wanted.iter().any(|(name, _)| name == service));
+    if with_services {
+        cluster.start_services()?;
+    }
     println!(
         "    the cluster is up after {:.0} s",
         begun.elapsed().as_secs_f64()
@@ -116,8 +121,10 @@ fn run(programs: &Programs, wanted: &[Case]) -> Result<Vec<&'static str>> {
     scene.cluster.stop()?;
     scene.daemon.terminate()?;
     leaks::remove_kubelet_cgroups(&cell)?;
-    // What the proxy leaves is its own.
-    cell.sh("nft delete table ip kube-proxy; nft delete table ip6 kube-proxy 2>/dev/null || true")?;
+    if with_services {
+        // What the proxy leaves is its own.
+        cell.sh("nft delete table ip kube-proxy; nft delete table ip6 kube-proxy 2>/dev/null || true")?;
+    }
     leaks::check(&before, &leaks::snapshot(&cell)?).context("after all tests")?;
     cell.check_host_sysctls()?;
     Ok(failed)
