@@ -17,6 +17,7 @@ use coracle_integration::cluster::{Cluster, Programs};
 use coracle_integration::daemon::Daemon;
 use coracle_integration::image::busybox_layout;
 use coracle_integration::leaks;
+use serde_json::json;
 
 /// What a test is given.
 pub(crate) struct Scene<'a> {
@@ -68,13 +69,31 @@ fn main() -> ExitCode {
     }
 }
 
+/// With the reference plugins, as `CORACLE_CNI_BIN` says where they are; else with the bridge of our own.
+fn start_daemon(cell: &Cell) -> Result<Daemon> {
+    let Some(bin) = std::env::var_os("CORACLE_CNI_BIN") else {
+        println!("    pods are on the built-in bridge");
+        return Daemon::start(cell, None);
+    };
+    let conf = cell.subdir("net.d")?;
+    let network = json!({"cniVersion": "1.0.0", "name": "cluster", "plugins": [
+        {"type": "ptp", "ipMasq": false,
+         "ipam": {"type": "host-local", "dataDir": cell.dir().join("ipam"), "ranges": [[{"subnet": "10.222.0.0/16"}]],
+                  "routes": [{"dst": "0.0.0.0/0"}]}},
+        {"type": "portmap", "capabilities": {"portMappings": true}, "snat": true},
+    ]});
+    std::fs::write(conf.join("10-cluster.conflist"), network.to_string())?;
+    println!("    pods are connected by the plugins ptp, host-local and portmap");
+    Daemon::start_with_plugins(cell, &conf, bin.as_ref())
+}
+
 /// Runs the tests; the names of those that failed.
 fn run(programs: &Programs, wanted: &[Case]) -> Result<Vec<&'static str>> {
     let begun = Instant::now();
     let cell = Cell::new("cluster")?;
     let before = leaks::snapshot(&cell)?;
     let layout = busybox_layout(cell.dir(), "app", "app:1")?;
-    let daemon = Daemon::start(&cell, None)?;
+    let daemon = start_daemon(&cell)?;
     let image = daemon.import(&cell, &layout, "test.example/app:1")?;
     let mut cluster = Cluster::start(&cell, programs, &daemon.socket())?;
     let with_services = services::ALL
