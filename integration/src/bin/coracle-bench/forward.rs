@@ -100,8 +100,10 @@ impl<'a> Session<'a> {
             .stdout(Stdio::piped())
             .spawn()?;
         let mut line = String::new();
-        let stdout = forward.stdout.take().context("it has a stdout")?;
-        BufReader::new(stdout).read_line(&mut line)?;
+        let mut stdout = BufReader::new(forward.stdout.take().context("it has a stdout")?);
+        stdout.read_line(&mut line)?;
+        // It tells of each connection, and ends where nobody takes that.
+        std::thread::spawn(move || std::io::copy(&mut stdout, &mut std::io::sink()));
         let port = line
             .split_once("127.0.0.1:")
             .and_then(|(_, rest)| rest.split_whitespace().next())
