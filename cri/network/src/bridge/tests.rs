@@ -813,3 +813,31 @@ fn many_pods_with_ports_come_and_go_in_good_time() {
         assert!(!tables().contains("coracle"), "{}", tables());
     });
 }
+
+#[test]
+fn as_many_ports_as_a_pod_may_have_are_opened_and_made_again() {
+    isolated(|| {
+        let far = Machine::far();
+        let book = Arc::new(Book::default());
+        let first = network(&book);
+        // As long as real ones are: the id is a part of each element.
+        let id = "f".repeat(64);
+        let ports: Vec<_> = (1..=4096)
+            .map(|number| port(Protocol::Tcp, number, ""))
+            .collect();
+        let pod = attach(&first, &id, &ports);
+        let reached = || inside(&far.namespace, || dial(&pod.namespace, (HOST, 4096)));
+        assert_eq!(reached().unwrap(), FAR);
+        assert_eq!(elements(&first), 8192);
+        assert_eq!(findings(&first), "[]");
+        drop(first);
+
+        let second = network(&book);
+        second.bridge.rules.remove().unwrap();
+        second.sweep(|_| true).unwrap();
+        assert_eq!(findings(&second), "[]");
+        assert_eq!(reached().unwrap(), FAR);
+        second.detach(&id).unwrap();
+        assert!(!tables().contains("coracle"), "{}", tables());
+    });
+}
