@@ -21,7 +21,7 @@ const SEND_BYTES: usize = 64 << 10;
 const HEADER_BYTES: usize = 4;
 
 /// An address family as netfilter numbers them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Family {
     V4,
     V6,

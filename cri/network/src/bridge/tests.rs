@@ -841,3 +841,27 @@ fn as_many_ports_as_a_pod_may_have_are_opened_and_made_again() {
         assert!(!tables().contains("coracle"), "{}", tables());
     });
 }
+
+#[test]
+fn udp_flows_of_many_ports_are_forgotten_in_good_time() {
+    isolated(|| {
+        let far = Machine::far();
+        let book = Arc::new(Book::default());
+        let network = network(&book);
+        let keep = attach(&network, "keep", &[]);
+        let ports: Vec<_> = (1000..5096)
+            .map(|number| port(Protocol::Udp, number, ""))
+            .collect();
+        let client = inside(&far.namespace, || UdpSocket::bind((ip(FAR), 4000)).unwrap());
+        let started = Instant::now();
+        for pod in ["one", "two"] {
+            let attached = attach(&network, pod, &ports);
+            for to in [1000, 5095] {
+                assert_eq!(ask(&attached.namespace, &client, (HOST, to)).unwrap(), FAR, "{pod}");
+            }
+            network.detach(pod).unwrap();
+        }
+        assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+        drop(keep);
+    });
+}
