@@ -197,7 +197,7 @@ fn failure(outcome: crate::Result<impl Sized>) -> String {
 
 /// Tries again until everything is taken down, each pod when it is due.
 #[allow(clippy::disallowed_methods, reason = "the pause is what the network asks for")]
-fn retry_until_done(network: &Network) {
+pub(crate) fn retry_until_done(network: &Network) {
     while let Some(next) = network.retry_due().next {
         std::thread::sleep(next);
     }
