@@ -38,7 +38,7 @@ use crate::netns::{Fresh, Pins, pod_sysctls};
 use crate::retry::{Failures, Turns};
 use crate::rows::Rows;
 pub use crate::rows::{Book, BookError, BridgeLease, PortMapping, Protocol, Row, Wiring};
-pub use crate::tend::Retried;
+pub use crate::tend::Due;
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -280,7 +280,7 @@ impl Network {
     }
 
     /// Takes a pod's network away; what is not there, or only half, is no error. After a failure the row stays, and
-    /// [`Network::retry_due`] tries again.
+    /// [`Network::retry`] tries again.
     pub fn detach(&self, pod: &str) -> Result<()> {
         check_pod(pod)?;
         let _turn = self.turns.take(pod);
@@ -328,7 +328,7 @@ impl Network {
     }
 
     /// Removes what this instance made for pods that are not alive: namespaces, rows and what their wirings made. How
-    /// many pods' things were removed; those of CNI pods are only on their way, by [`Network::retry_due`], and so is
+    /// many pods' things were removed; those of CNI pods are only on their way, by [`Network::retry`], and so is
     /// what could not be removed: one pod's remains keep neither the others' nor the daemon from their way.
     pub fn sweep(&self, alive: impl Fn(&str) -> bool) -> Result<usize> {
         let mut dead: Vec<String> = self.pins.list()?;
