@@ -12,7 +12,7 @@ use coracle_kernel::procfs::Procfs;
 use coracle_kernel::{Errno, Error as KernelError};
 
 use crate::rtnl::{LinkEvents, Rtnl};
-use crate::{AttachOptions, Error, Result, step};
+use crate::{AttachOptions, Error, Result, check_pod, step};
 
 /// Most entries of the directory; every pod of every runtime on the host has one.
 const ENTRIES_MAX: usize = 1 << 16;
@@ -89,7 +89,11 @@ impl Pins {
             Err(error) => return Err(failed(error)),
         };
         let entries = path::list_dir(dir, ENTRIES_MAX).map_err(failed)?;
-        let pod = |name: &str| name.strip_prefix(&self.prefix).map(str::to_owned);
+        // A name that no pod can have is somebody else's file.
+        let pod = |name: &str| {
+            let pod = name.strip_prefix(&self.prefix)?;
+            check_pod(pod).is_ok().then(|| pod.to_owned())
+        };
         Ok(entries
             .iter()
             .filter_map(|(name, _)| pod(name.to_str()?))

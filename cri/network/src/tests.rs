@@ -422,6 +422,29 @@ fn a_bridge_that_a_crash_left_goes_with_the_sweep() {
 }
 
 #[test]
+fn what_cannot_be_swept_keeps_neither_the_rest_nor_the_daemon() {
+    isolated(|| {
+        let book = Arc::new(Book::default());
+        let first = network(&book);
+        attach(&first, "dead");
+        drop(first);
+        let strange = format!("/run/netns/coracle-{INSTANCE}-a b");
+        std::fs::write(&strange, "").unwrap();
+        let stuck = format!("/run/netns/coracle-{INSTANCE}-a");
+        std::fs::create_dir(&stuck).unwrap();
+
+        let second = network(&book);
+        assert_eq!(second.sweep(|_| false).unwrap(), 1, "the pod");
+        assert_eq!(links(), Vec::<String>::new());
+        let findings = format!("{:?}", second.status().findings);
+        assert!(findings.contains("the network of pod a could not be taken down"), "{findings}");
+        std::fs::remove_dir(&stuck).unwrap();
+        crate::cni::tests::retry_until_done(&second);
+        assert_eq!(pins(), [format!("coracle-{INSTANCE}-a b")]);
+    });
+}
+
+#[test]
 fn the_bridge_comes_back_if_someone_removes_it() {
     isolated(|| {
         let book = Arc::new(Book::default());

@@ -317,4 +317,4 @@ fn path() -> String {
 #[cfg(test)]
 mod reference_tests;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

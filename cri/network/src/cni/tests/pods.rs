@@ -174,13 +174,13 @@ fn a_pod_that_cannot_be_taken_down_is_tried_again_until_it_can() {
         }
 
         failure(network.detach("pod"));
-        assert_eq!(network.retry_due().done, [""; 0], "not due yet");
+        assert_eq!(retry_due(&network), [""; 0], "not due yet");
         host.calls();
         host.heal("two", "DEL");
         retry_until_done(&network);
         assert_eq!(host.calls(), ["two DEL", "one DEL"]);
         assert_eq!(network.status().findings, []);
-        assert_eq!(network.retry_due(), crate::Retried::default());
+        assert_eq!(network.due(|_| false), crate::Due::default());
         network.detach("pod").unwrap();
         host.nothing_is_left();
 
@@ -231,7 +231,7 @@ fn after_a_crash_or_a_reboot_del_is_sent_for_what_nobody_knows_and_only_for_that
             "the start of the daemon waits for no plugin"
         );
         host.tell("one", "DEL", "die");
-        assert_eq!(network.retry_due().done, [""; 0]);
+        assert_eq!(retry_due(&network), [""; 0]);
         host.heal("one", "DEL");
         retry_until_done(&network);
         assert_eq!(lock(&host.book.rows).keys().collect::<Vec<_>>(), ["alive"]);
