@@ -22,6 +22,11 @@ mod refused;
 mod restart;
 mod single;
 mod stop;
+mod streaming;
+mod streaming_attach;
+mod streaming_forward;
+mod streaming_refused;
+mod streams;
 mod support;
 
 use std::future::Future;
@@ -103,6 +108,10 @@ fn main() -> ExitCode {
         kill9::all(),
         cni::all(),
         network::all(),
+        streaming::all(),
+        streaming_attach::all(),
+        streaming_forward::all(),
+        streaming_refused::all(),
     ];
     let wanted: Vec<Test> = all
         .into_iter()

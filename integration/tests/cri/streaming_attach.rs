@@ -1,0 +1,359 @@
+//! Attach over streaming URLs: what a container writes from then on, and its input, if it has one.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use coracle_integration::{request, stretched};
+use coracle_kernel::signal::Signal;
+use coracle_proto::cri::{ContainerConfig, ContainerState};
+use tokio::io::{AsyncRead, AsyncWriteExt as _, BufReader, Lines};
+
+use crate::streams::{Stage, TRANSPORTS, ended, line_with, run, signal};
+use crate::support::{eventually, join_all};
+
+crate::tests![
+    what_is_written_from_then_on_is_seen_and_logged,
+    the_input_of_a_container_that_takes_one_client,
+    the_input_of_a_container_that_takes_many,
+    a_terminal_is_resized,
+    a_client_that_does_not_read_misses_lines_and_stops_nobody,
+    a_daemon_that_dies_ends_the_session_alone,
+    coming_and_going_leaves_nothing,
+];
+
+/// Counts, for ever.
+const TICKS: &str = "n=0; while :; do n=$((n+1)); echo tick $n; echo tock $n >&2; sleep 0.05; done";
+
+/// A container with a standard input.
+fn with_input(script: &str, once: bool) -> ContainerConfig {
+    let mut config = request::container("main", script);
+    config.stdin = true;
+    config.stdin_once = once;
+    config
+}
+
+/// The numbers of the next ticks: none is missing.
+async fn ticks<R: AsyncRead + Unpin>(lines: &mut Lines<BufReader<R>>, count: u64) -> Result<u64> {
+    let number = |line: &str| {
+        line.rsplit(' ')
+            .next()
+            .and_then(|number| number.trim().parse::<u64>().ok())
+    };
+    let first = number(&line_with(lines, "tick ").await?).context("no number")?;
+    for expected in first + 1..first + count {
+        let next = number(&line_with(lines, "tick ").await?);
+        ensure!(next == Some(expected), "{next:?} and not {expected}");
+    }
+    Ok(first)
+}
+
+async fn what_is_written_from_then_on_is_seen_and_logged() -> Result<()> {
+    let Some(stage) = Stage::start("seen", TICKS).await? else {
+        return Ok(());
+    };
+    let before = stage.cost().await?;
+    let status = stage.node.status(&stage.id).await?;
+    stage
+        .node
+        .wait_log(&status, "tick 3", Duration::from_secs(5))
+        .await?;
+    // Two at once, each with both streams.
+    let mut sessions = Vec::new();
+    for transport in TRANSPORTS {
+        let (mut child, lines) = stage.attached(&[transport]).await?;
+        let errors = child.stderr.take().context("no errors")?;
+        let errors = tokio::io::AsyncBufReadExt::lines(BufReader::new(errors));
+        sessions.push((child, lines, errors));
+    }
+    for (_, lines, errors) in &mut sessions {
+        let first = ticks(lines, 10).await?;
+        ensure!(first > 3, "what was written before is shown: {first}");
+        line_with(errors, "tock ").await?;
+    }
+    // One goes, the other stays.
+    if let Some((mut child, ..)) = sessions.pop() {
+        child.kill().await?;
+    }
+    if let Some((child, lines, _)) = sessions.last_mut() {
+        let last = ticks(lines, 10).await? + 9;
+        let text = format!("tick {last}\n");
+        let log = stage
+            .node
+            .wait_log(&status, &text, Duration::from_secs(5))
+            .await?;
+        for number in 1..=last {
+            ensure!(
+                log.contains(&format!(" F tick {number}\n")),
+                "tick {number} is not in the log"
+            );
+        }
+        // The container's end is the session's, and no failure.
+        stage.node.stop_container(&stage.id, 0).await?;
+        let status = ended(child).await?;
+        ensure!(status.success(), "{status}");
+    }
+    stage.settled(before).await?;
+    stage.node.finish().await
+}
+
+async fn the_input_of_a_container_that_takes_one_client() -> Result<()> {
+    for transport in TRANSPORTS {
+        let config = with_input(
+            "cat; echo input over; while :; do echo tick; sleep 0.1; done",
+            true,
+        );
+        let Some(stage) = Stage::with("once", &config).await? else {
+            return Ok(());
+        };
+        let (mut child, mut lines) = stage.attached(&[transport, "--stdin"]).await?;
+        let mut input = child.stdin.take().context("no input")?;
+        input.write_all(b"hello\n").await?;
+        line_with(&mut lines, "hello").await?;
+        // A second client comes meanwhile; its input goes nowhere.
+        let (mut second, mut seconds) = stage.attached(&[transport, "--stdin"]).await?;
+        second
+            .stdin
+            .take()
+            .context("no input")?
+            .write_all(b"lost\n")
+            .await?;
+        drop(input);
+        line_with(&mut lines, "input over").await?;
+        line_with(&mut lines, "tick").await?;
+        line_with(&mut seconds, "tick").await?;
+        child.kill().await?;
+        second.kill().await?;
+        let log = fs::read_to_string(stage.node.status(&stage.id).await?.log_path)?;
+        ensure!(log.contains(" F hello\n") && !log.contains("lost"), "{log}");
+        stage.node.finish().await?;
+
+        // A client that is killed ends it as well.
+        let Some(stage) = Stage::with("once", &with_input("cat; exit 7", true)).await? else {
+            return Ok(());
+        };
+        let (mut child, mut lines) = stage.attached(&[transport, "--stdin"]).await?;
+        child
+            .stdin
+            .as_mut()
+            .context("no input")?
+            .write_all(b"hello\n")
+            .await?;
+        line_with(&mut lines, "hello").await?;
+        child.kill().await?;
+        let status = stage.node.wait_exit(&stage.id, Duration::from_secs(10)).await?;
+        ensure!(status.exit_code == 7, "{status:?}");
+        stage.node.finish().await?;
+    }
+    Ok(())
+}
+
+async fn the_input_of_a_container_that_takes_many() -> Result<()> {
+    let config = with_input("while read line; do echo got $line; done; echo over", false);
+    let Some(stage) = Stage::with("many", &config).await? else {
+        return Ok(());
+    };
+    let before = stage.cost().await?;
+    for number in 0..6 {
+        let (mut child, mut lines) = stage.attached(&[TRANSPORTS[number % 2], "--stdin"]).await?;
+        let mut input = child.stdin.take().context("no input")?;
+        input.write_all(format!("{number}\n").as_bytes()).await?;
+        line_with(&mut lines, &format!("got {number}")).await?;
+        if number % 3 == 0 {
+            drop(input);
+        }
+        child.kill().await?;
+    }
+    stage.settled(before).await?;
+    let status = stage.node.status(&stage.id).await?;
+    ensure!(status.state() == ContainerState::ContainerRunning, "{status:?}");
+    // A lot, through one session.
+    let (mut child, mut lines) = stage.attached(&[TRANSPORTS[0], "--stdin"]).await?;
+    let mut input = child.stdin.take().context("no input")?;
+    for number in 0..2000 {
+        input.write_all(format!("line {number}\n").as_bytes()).await?;
+    }
+    line_with(&mut lines, "got line 1999").await?;
+    child.kill().await?;
+    stage.node.finish().await
+}
+
+async fn a_terminal_is_resized() -> Result<()> {
+    let mut config = with_input(
+        "while :; do stty size; read -t 0.1 line && echo got $line; done",
+        false,
+    );
+    config.tty = true;
+    config.command[2].insert_str(0, "test -t 0 || exit 9; ");
+    let Some(stage) = Stage::with("tty", &config).await? else {
+        return Ok(());
+    };
+    let before = stage.cost().await?;
+    for (transport, size, seen) in [
+        (TRANSPORTS[0], "91x37", "37 91"),
+        (TRANSPORTS[1], "80x24,132x50", "50 132"),
+    ] {
+        let (mut child, mut lines) = stage
+            .attached(&[transport, "--tty", "--stdin", "--size", size])
+            .await?;
+        line_with(&mut lines, seen).await?;
+        child
+            .stdin
+            .as_mut()
+            .context("no input")?
+            .write_all(b"typed\n")
+            .await?;
+        line_with(&mut lines, "got typed").await?;
+        child.kill().await?;
+    }
+    stage.settled(before).await?;
+    stage.node.finish().await
+}
+
+async fn a_client_that_does_not_read_misses_lines_and_stops_nobody() -> Result<()> {
+    // Lines of about a kilobyte: 24 MB, and then more, slowly.
+    let script = "until [ -e /tmp/go ]; do echo wait; sleep 0.1; done; l=$(head -c 1000 /dev/zero | tr '\\0' x); n=0; \
+        while [ $n -lt 24000 ]; do n=$((n+1)); echo $n $l; done; touch /tmp/done; while :; do echo tick; sleep 0.1; done";
+    for transport in TRANSPORTS {
+        let Some(stage) = Stage::start("unread", script).await? else {
+            return Ok(());
+        };
+        let before = stage.cost().await?;
+        let (mut child, mut lines) = stage.attached(&[transport]).await?;
+        line_with(&mut lines, "wait").await?;
+        signal(&child, Signal::STOP)?;
+        stage.ask("touch /tmp/go").await?;
+        stage.says("ls /tmp/done", "/tmp/done").await?;
+        let status = stage.node.status(&stage.id).await?;
+        let log = stage
+            .node
+            .wait_log(&status, " F 24000 ", Duration::from_secs(20))
+            .await?;
+        let logged = log.lines().filter(|line| line.ends_with("xxxx")).count();
+        ensure!(logged == 24_000, "{logged} lines are in the log");
+        let now = stage.cost().await?;
+        ensure!(
+            now.daemon_kib < before.daemon_kib + (8 << 10) && now.monitor_kib < before.monitor_kib + 128,
+            "before {before:?}, now {now:?}"
+        );
+        signal(&child, Signal::CONT)?;
+        let mut total = 0;
+        let note = loop {
+            let line = tokio::time::timeout(stretched(Duration::from_secs(20)), lines.next_line()).await;
+            let Some(line) = line.context("no note")?? else {
+                bail!("the session ended")
+            };
+            if line.contains("bytes of output are not shown here") {
+                break line;
+            }
+            total += line.len();
+        };
+        let dropped: usize = note
+            .split(' ')
+            .find_map(|word| word.parse().ok())
+            .context("no number")?;
+        ensure!(dropped > 1 << 20, "{total} came, {note}");
+        line_with(&mut lines, "tick").await?;
+        child.kill().await?;
+        stage.settled(before).await?;
+        stage.node.finish().await?;
+    }
+    Ok(())
+}
+
+async fn a_daemon_that_dies_ends_the_session_alone() -> Result<()> {
+    let Some(mut stage) = Stage::start("dies", TICKS).await? else {
+        return Ok(());
+    };
+    let (mut exec, mut execs) = {
+        let mut child = stage
+            .exec(&[TRANSPORTS[1]], &["sh", "-c", TICKS])
+            .await?
+            .spawn()?;
+        let lines = child.stdout.take().context("no output")?;
+        (child, tokio::io::AsyncBufReadExt::lines(BufReader::new(lines)))
+    };
+    line_with(&mut execs, "tick").await?;
+    let mut sessions = Vec::new();
+    for transport in TRANSPORTS {
+        let (child, mut lines) = stage.attached(&[transport]).await?;
+        line_with(&mut lines, "tick").await?;
+        sessions.push((child, lines));
+    }
+    stage.node.kill()?;
+    for (child, _) in &mut sessions {
+        ended(child).await?;
+    }
+    ended(&mut exec).await?;
+    stage.node.spawn().await?;
+    let before = stage.cost().await?;
+    let status = stage.node.status(&stage.id).await?;
+    ensure!(status.state() == ContainerState::ContainerRunning, "{status:?}");
+    for transport in TRANSPORTS {
+        let (mut child, mut lines) = stage.attached(&[transport]).await?;
+        ticks(&mut lines, 5).await?;
+        child.kill().await?;
+    }
+    let log = fs::read_to_string(&status.log_path)?;
+    for number in 1..log.matches(" F tick ").count() {
+        ensure!(
+            log.contains(&format!(" F tick {number}\n")),
+            "tick {number} is not in the log"
+        );
+    }
+    stage.settled(before).await?;
+    // A daemon that ends as it should ends its sessions too.
+    let (mut child, mut lines) = stage.attached(&[TRANSPORTS[0]]).await?;
+    ticks(&mut lines, 2).await?;
+    stage.node.terminate().await?;
+    ended(&mut child).await?;
+    stage.node.spawn().await?;
+    stage.node.finish().await
+}
+
+async fn coming_and_going_leaves_nothing() -> Result<()> {
+    // Silent: nothing but the session's end tells the monitor that nobody looks on any more.
+    let Some(stage) = Stage::with("silent", &with_input("sleep 1000", false)).await? else {
+        return Ok(());
+    };
+    let attach = async |count: usize| -> Result<()> {
+        for number in (0..count).step_by(10) {
+            let transport = TRANSPORTS[(number / 10) % 2];
+            let before = stage.cost().await?;
+            let one = async || -> Result<_> { stage.attached(&[transport, "--stdin"]).await };
+            let sessions = join_all((0..10).map(|_| one()).collect()).await?;
+            eventually(async || {
+                let now = stage.cost().await?;
+                ensure!(
+                    now.monitor_fds >= before.monitor_fds + 20,
+                    "they are not attached: {now:?}"
+                );
+                Ok(())
+            })
+            .await?;
+            for (mut child, _) in sessions {
+                child.kill().await?;
+            }
+            stage.settled(before).await?;
+        }
+        Ok(())
+    };
+    attach(20).await?;
+    let before = stage.cost().await?;
+    attach(200).await?;
+    stage.settled(before).await?;
+    let now = stage.cost().await?;
+    ensure!(
+        now.daemon_kib < before.daemon_kib + (2 << 10) && now.monitor_kib <= before.monitor_kib + 16,
+        "before {before:?}, now {now:?}"
+    );
+    // By its own will.
+    let output = run(
+        &mut stage.attach(&[TRANSPORTS[1], "--disconnect=100ms"]).await?,
+        b"",
+    )
+    .await?;
+    ensure!(output.status.success(), "{output:?}");
+    stage.settled(before).await?;
+    stage.node.finish().await
+}

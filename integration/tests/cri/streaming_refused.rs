@@ -1,0 +1,408 @@
+//! What the calls refuse, what the URLs refuse, and those who only make noise at the port: nobody else notices.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use coracle_integration::{Node, Options, request, stretched};
+use coracle_proto::cri::{AttachRequest, ExecRequest};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tonic::Code;
+
+use crate::streams::{Stage, TRANSPORTS, exec_url, expect, forward_url, line_with, noise, run};
+use crate::support::eventually;
+
+crate::tests![
+    calls_that_cannot_be,
+    urls_are_good_once_and_for_their_purpose,
+    a_container_has_so_many_sessions,
+    noise_at_the_port_disturbs_nobody,
+];
+
+/// What a SPDY client sends.
+const SPDY: &str =
+    "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: v4.channel.k8s.io\r\n";
+
+async fn running(name: &str) -> Result<(Node, String, String)> {
+    let node = Node::with_busybox(Options::default()).await?;
+    let config = request::pod(name, &node.logs);
+    let pod = node.run_pod(&config).await?;
+    let container = request::container("main", "sleep 1000");
+    let id = node.run_container(&pod, &container, &config).await?;
+    Ok((node, pod, id))
+}
+
+async fn calls_that_cannot_be() -> Result<()> {
+    let (node, pod, id) = running("refused").await?;
+    let exec = ExecRequest {
+        container_id: id.clone(),
+        cmd: vec!["true".to_owned()],
+        stdout: true,
+        ..Default::default()
+    };
+    let attach = AttachRequest {
+        container_id: id.clone(),
+        stdout: true,
+        ..Default::default()
+    };
+    let execs: [(&str, ExecRequest, Code); 6] = [
+        (
+            "a terminal with errors of its own",
+            ExecRequest {
+                tty: true,
+                stderr: true,
+                ..exec.clone()
+            },
+            Code::InvalidArgument,
+        ),
+        (
+            "no stream",
+            ExecRequest {
+                stdout: false,
+                ..exec.clone()
+            },
+            Code::InvalidArgument,
+        ),
+        (
+            "no command",
+            ExecRequest {
+                cmd: Vec::new(),
+                ..exec.clone()
+            },
+            Code::InvalidArgument,
+        ),
+        (
+            "no id",
+            ExecRequest {
+                container_id: String::new(),
+                ..exec.clone()
+            },
+            Code::NotFound,
+        ),
+        (
+            "an unknown id",
+            ExecRequest {
+                container_id: "a".repeat(64),
+                ..exec.clone()
+            },
+            Code::NotFound,
+        ),
+        (
+            "a pod's id",
+            ExecRequest {
+                container_id: pod.clone(),
+                ..exec.clone()
+            },
+            Code::NotFound,
+        ),
+    ];
+    for (what, request, code) in execs {
+        let error = node
+            .runtime()
+            .exec(request)
+            .await
+            .err()
+            .with_context(|| what.to_owned())?;
+        ensure!(
+            error.code() == code && !error.message().is_empty(),
+            "{what}: {error}"
+        );
+    }
+    let attaches: [(&str, AttachRequest, Code); 3] = [
+        (
+            "a terminal with errors of its own",
+            AttachRequest {
+                tty: true,
+                stderr: true,
+                ..attach.clone()
+            },
+            Code::InvalidArgument,
+        ),
+        (
+            "no stream",
+            AttachRequest {
+                stdout: false,
+                ..attach.clone()
+            },
+            Code::InvalidArgument,
+        ),
+        (
+            "an unknown id",
+            AttachRequest {
+                container_id: "a".repeat(64),
+                ..attach.clone()
+            },
+            Code::NotFound,
+        ),
+    ];
+    for (what, request, code) in attaches {
+        let error = node
+            .runtime()
+            .attach(request)
+            .await
+            .err()
+            .with_context(|| what.to_owned())?;
+        ensure!(
+            error.code() == code && !error.message().is_empty(),
+            "{what}: {error}"
+        );
+    }
+    for port in [0, 70_000, 65_536, -1, i32::MIN] {
+        let error = forward_url(&node, &pod, &[80, port]).await.unwrap_err();
+        ensure!(error.code() == Code::InvalidArgument, "{port}: {error}");
+        ensure!(error.message().contains(&port.to_string()), "{port}: {error}");
+    }
+    let error = forward_url(&node, &"a".repeat(64), &[]).await.unwrap_err();
+    ensure!(error.code() == Code::NotFound, "{error}");
+    // One that was made and one that has ended.
+    let config = request::pod("second", &node.logs);
+    let second = node.run_pod(&config).await?;
+    let created = node
+        .create(&second, &request::container("created", "true"), &config)
+        .await?;
+    for _ in ["created", "exited"] {
+        for error in [
+            exec_url(&node, &created, &["true"], false, false)
+                .await
+                .unwrap_err(),
+            node.runtime()
+                .attach(AttachRequest {
+                    container_id: created.clone(),
+                    ..attach.clone()
+                })
+                .await
+                .unwrap_err(),
+        ] {
+            ensure!(error.code() == Code::FailedPrecondition, "{error}");
+            ensure!(error.message().contains("not running"), "{error}");
+        }
+        if node.start_container(&created).await.is_ok() {
+            node.wait_exit(&created, Duration::from_secs(10)).await?;
+        }
+    }
+    node.stop_pod(&second).await?;
+    let error = forward_url(&node, &second, &[]).await.unwrap_err();
+    ensure!(error.code() == Code::FailedPrecondition, "{error}");
+    node.finish().await
+}
+
+/// Host and path of a URL.
+fn parts(url: &str) -> Result<(&str, &str)> {
+    let rest = url.strip_prefix("http://").context("another scheme")?;
+    let slash = rest.find('/').context("no path")?;
+    Ok(rest.split_at(slash))
+}
+
+/// Sends a request for an upgrade; the answer's head and what follows soon, and the connection.
+async fn ask(url: &str, method: &str, headers: &str) -> Result<(String, TcpStream)> {
+    let (host, path) = parts(url)?;
+    let mut socket = TcpStream::connect(host).await?;
+    let text = format!("{method} {path} HTTP/1.1\r\nHost: {host}\r\n{headers}\r\n");
+    socket.write_all(text.as_bytes()).await?;
+    let mut answer = Vec::new();
+    let read = async {
+        // An upgrade ends with its head, everything else with the connection.
+        while !(answer.starts_with(b"HTTP/1.1 101") && answer.ends_with(b"\r\n\r\n")) {
+            if socket.read_buf(&mut answer).await? == 0 {
+                break;
+            }
+        }
+        Ok::<_, std::io::Error>(())
+    };
+    let read = tokio::time::timeout(stretched(Duration::from_secs(10)), read).await;
+    read.context("no answer")??;
+    Ok((String::from_utf8_lossy(&answer).into_owned(), socket))
+}
+
+async fn urls_are_good_once_and_for_their_purpose() -> Result<()> {
+    let (node, pod, id) = running("urls").await?;
+    let new = async || exec_url(&node, &id, &["true"], false, false).await;
+    let expect = async |url: &str, method: &str, headers: &str, code: u16, text: &str| -> Result<()> {
+        let (answer, _socket) = ask(url, method, headers).await?;
+        ensure!(
+            answer.starts_with(&format!("HTTP/1.1 {code} ")) && answer.contains(text),
+            "{method} {headers}: {answer}"
+        );
+        Ok(())
+    };
+    let url = new().await?;
+    let (host, path) = parts(&url)?;
+    ensure!(
+        host.starts_with("127.0.0.1:") && path.len() == "/exec/".len() + 64,
+        "{url}"
+    );
+    // What is not an upgrade leaves the URL good.
+    expect(&url, "GET", "", 400, "expected a POST or GET").await?;
+    expect(&url, "PUT", SPDY, 400, "got a PUT").await?;
+    expect(
+        &url,
+        "POST",
+        "Connection: Upgrade\r\nUpgrade: h2c\r\n",
+        400,
+        "h2c",
+    )
+    .await?;
+    expect(
+        &url,
+        "POST",
+        "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\n",
+        400,
+        "names no protocol",
+    )
+    .await?;
+    let unknown = SPDY.replace("v4.channel", "v9.channel");
+    expect(&url, "POST", &unknown, 403, "server accepts v4.channel.k8s.io").await?;
+    let socket = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n";
+    expect(&url, "GET", socket, 400, "sec-websocket-key").await?;
+    let socket =
+        format!("{socket}Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: v9\r\n");
+    expect(&url, "GET", &socket, 403, "server accepts v5.channel.k8s.io").await?;
+    // Of another kind, or a little different: there is none.
+    for other in [
+        url.replace("/exec/", "/attach/"),
+        url.replace("/exec/", "/portforward/"),
+        format!("{url}0"),
+        url[..url.len() - 1].to_owned(),
+        format!("http://{host}/exec/{}", "0".repeat(64)),
+        format!("http://{host}/"),
+        format!("http://{host}/exec/../{path}"),
+    ] {
+        expect(&other, "POST", SPDY, 404, "no such session").await?;
+    }
+    expect(&url, "POST", SPDY, 101, "v4.channel.k8s.io").await?;
+    expect(&url, "POST", SPDY, 404, "used already").await?;
+    // Every URL is another one.
+    ensure!(new().await? != new().await?, "two are the same");
+    let url = forward_url(&node, &pod, &[]).await?;
+    expect(&url, "POST", SPDY, 403, "server accepts portforward.k8s.io").await?;
+    let forward = SPDY.replace("v4.channel.k8s.io", "portforward.k8s.io");
+    expect(&url, "POST", &forward, 101, "portforward.k8s.io").await?;
+    expect(&url, "POST", &forward, 404, "used already").await?;
+    node.finish().await
+}
+
+async fn a_container_has_so_many_sessions() -> Result<()> {
+    let (node, pod, id) = running("many").await?;
+    let new = async || exec_url(&node, &id, &["true"], false, false).await;
+    let mut sessions = Vec::new();
+    for number in 0..64 {
+        let (answer, socket) = ask(&new().await?, "POST", SPDY).await?;
+        ensure!(answer.starts_with("HTTP/1.1 101 "), "{number}: {answer}");
+        sessions.push(socket);
+    }
+    let url = new().await?;
+    let (answer, _) = ask(&url, "POST", SPDY).await?;
+    ensure!(
+        answer.starts_with("HTTP/1.1 429 ") && answer.contains("64 streaming sessions"),
+        "{answer}"
+    );
+    // Others have their own.
+    let forward = SPDY.replace("v4.channel.k8s.io", "portforward.k8s.io");
+    let (answer, _) = ask(&forward_url(&node, &pod, &[]).await?, "POST", &forward).await?;
+    ensure!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
+    // One goes, and the same URL is served.
+    sessions.pop();
+    eventually(async || {
+        let (answer, _) = ask(&url, "POST", SPDY).await?;
+        ensure!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
+        Ok(())
+    })
+    .await?;
+    // URLs that nobody uses are not kept without end; the refusal is a clear one.
+    let mut refused = None;
+    for _ in 0..1100 {
+        if let Err(error) = new().await {
+            refused = Some(error);
+            break;
+        }
+    }
+    let refused = refused.context("more than a thousand wait")?;
+    ensure!(refused.code() == Code::ResourceExhausted, "{refused}");
+    node.finish().await
+}
+
+async fn noise_at_the_port_disturbs_nobody() -> Result<()> {
+    let script = "n=0; while :; do n=$((n+1)); echo tick $n; sleep 0.05; done";
+    let Some(stage) = Stage::start("noise", "sleep 1000").await? else {
+        return Ok(());
+    };
+    let before = stage.cost().await?;
+    let url = exec_url(&stage.node, &stage.id, &["true"], false, false).await?;
+    let (host, path) = parts(&url)?;
+    let mut session = stage
+        .exec(&[TRANSPORTS[1]], &["sh", "-c", script])
+        .await?
+        .spawn()?;
+    let lines = session.stdout.take().context("no output")?;
+    let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(lines));
+    line_with(&mut lines, "tick 1").await?;
+    let mut open = Vec::new();
+    // More of them than may wait: those that say nothing, half a request, and bytes.
+    for number in 0..300 {
+        let mut socket = TcpStream::connect(host).await?;
+        let bytes = match number % 3 {
+            0 => Vec::new(),
+            1 => format!("POST {path} HTTP/1.1\r\nHost: x\r\nConn").into_bytes(),
+            _ => noise(4096, number + 1),
+        };
+        // It may be thrown out already.
+        let _ = socket.write_all(&bytes).await;
+        open.push(socket);
+        if number % 50 == 0 {
+            works(&stage).await?;
+        }
+    }
+    let now = stage.cost().await?;
+    ensure!(
+        now.daemon_fds < before.daemon_fds + 160,
+        "before {before:?}, now {now:?}"
+    );
+    // A head without end.
+    let mut socket = TcpStream::connect(host).await?;
+    let _ = socket
+        .write_all(format!("POST {path} HTTP/1.1\r\nX: ").as_bytes())
+        .await;
+    let mut sent = 0;
+    while sent < 10 << 20 && socket.write_all(&[b'x'; 64 << 10]).await.is_ok() {
+        sent += 64 << 10;
+    }
+    ensure!(sent < 10 << 20, "all of it was taken");
+    // Ten thousand headers.
+    let headers: String = (0..10_000).map(|number| format!("X-{number}: y\r\n")).collect();
+    if let Ok((answer, _)) = ask(&url, "POST", &headers).await {
+        ensure!(!answer.starts_with("HTTP/1.1 101"), "{answer}");
+    }
+    works(&stage).await?;
+    // Upgraded, and then bytes that are no frames, in great number.
+    for number in 0..20 {
+        let url = exec_url(&stage.node, &stage.id, &["cat"], false, true).await?;
+        let (answer, mut socket) = ask(&url, "POST", SPDY).await?;
+        ensure!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
+        let _ = socket.write_all(&noise(1 << 20, number + 99)).await;
+        open.push(socket);
+    }
+    works(&stage).await?;
+    let first = line_with(&mut lines, "tick").await?;
+    let later = line_with(&mut lines, "tick").await?;
+    ensure!(first != later, "it stands still");
+    // The URL that all of it was thrown at is good still.
+    let (answer, _) = ask(&url, "POST", SPDY).await?;
+    ensure!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
+    drop(open);
+    session.kill().await?;
+    stage.settled(before).await?;
+    let now = stage.cost().await?;
+    ensure!(
+        now.daemon_kib < before.daemon_kib + (8 << 10),
+        "before {before:?}, now {now:?}"
+    );
+    stage.node.finish().await
+}
+
+async fn works(stage: &Stage) -> Result<()> {
+    for transport in TRANSPORTS {
+        let output = run(&mut stage.exec(&[transport], &["echo", "here"]).await?, b"").await?;
+        expect(&output, "here\n", "", 0).with_context(|| transport.to_owned())?;
+    }
+    Ok(())
+}
