@@ -437,7 +437,10 @@ fn what_cannot_be_swept_keeps_neither_the_rest_nor_the_daemon() {
         assert_eq!(second.sweep(|_| false).unwrap(), 1, "the pod");
         assert_eq!(links(), Vec::<String>::new());
         let findings = format!("{:?}", second.status().findings);
-        assert!(findings.contains("the network of pod a could not be taken down"), "{findings}");
+        assert!(
+            findings.contains("the network of pod a could not be taken down"),
+            "{findings}"
+        );
         std::fs::remove_dir(&stuck).unwrap();
         crate::cni::tests::retry_until_done(&second);
         assert_eq!(pins(), [format!("coracle-{INSTANCE}-a b")]);
