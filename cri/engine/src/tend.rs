@@ -106,7 +106,11 @@ async fn retry(core: Arc<Core>, pod: String) {
         Ok(true) => drop(tokio::spawn(async move { finish(&core, &pod).await })),
         Ok(false) => {}
         Err(error) => {
-            warn!(pod, error = error.chain(), "a network that is left is not tried again yet");
+            warn!(
+                pod,
+                error = error.chain(),
+                "a network that is left is not tried again yet"
+            );
             tokio::time::sleep(PAUSE).await;
         }
     }

@@ -345,7 +345,11 @@ impl Network {
             _ => match self.detach(pod) {
                 Ok(()) => true,
                 Err(error) => {
-                    tracing::warn!(pod, error = chain_text(&error), "a left-over network is not removed yet");
+                    tracing::warn!(
+                        pod,
+                        error = chain_text(&error),
+                        "a left-over network is not removed yet"
+                    );
                     false
                 }
             },

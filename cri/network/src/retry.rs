@@ -160,7 +160,10 @@ mod tests {
         }
         let due = |busy: &[&str]| failures.due(after(9), |pod| busy.contains(&pod));
         assert_eq!(due(&[]).0, ["c", "b", "a"]);
-        assert_eq!(due(&["b"]), (vec!["c".to_owned(), "a".to_owned()], Some(after(60))));
+        assert_eq!(
+            due(&["b"]),
+            (vec!["c".to_owned(), "a".to_owned()], Some(after(60)))
+        );
         assert_eq!(due(&["a", "b", "c", "late"]), (vec![], None));
     }
 

@@ -88,7 +88,10 @@ type Ports<'a> = BTreeMap<u16, Vec<&'a Forward>>;
 /// for all ports of a family and protocol.
 fn groups(forwards: &[Forward], port: impl Fn(&Forward) -> u16) -> BTreeMap<(Family, Protocol), Ports<'_>> {
     let mut groups: BTreeMap<_, Ports<'_>> = BTreeMap::new();
-    for forward in forwards.iter().filter(|forward| forward.protocol != Protocol::Tcp) {
+    for forward in forwards
+        .iter()
+        .filter(|forward| forward.protocol != Protocol::Tcp)
+    {
         let ports = groups.entry((family_of(forward), forward.protocol)).or_default();
         ports.entry(port(forward)).or_default().push(forward);
     }

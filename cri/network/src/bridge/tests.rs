@@ -632,6 +632,23 @@ fn a_table_that_somebody_removed_is_made_again() {
 }
 
 #[test]
+fn who_repairs_a_table_after_the_last_pod_has_gone_makes_none() {
+    isolated(|| {
+        let book = Arc::new(Book::default());
+        let network = network(&book);
+        attach(&network, "last", &[port(Protocol::Tcp, 8080, "")]);
+        let made_for = lock(&network.bridge.state).plan.unwrap();
+        network.detach("last").unwrap();
+        assert!(
+            network.bridge.rules.watch(made_for),
+            "that they are gone is as it should be"
+        );
+        network.bridge.rules.ensure(made_for, false).unwrap();
+        assert!(!tables().contains("coracle"), "{}", tables());
+    });
+}
+
+#[test]
 fn a_host_without_ipv6_connects_pods_by_ipv4_and_says_so() {
     isolated(|| {
         let book = Arc::new(Book::default());
@@ -822,9 +839,7 @@ fn as_many_ports_as_a_pod_may_have_are_opened_and_made_again() {
         let first = network(&book);
         // As long as real ones are: the id is a part of each element.
         let id = "f".repeat(64);
-        let ports: Vec<_> = (1..=4096)
-            .map(|number| port(Protocol::Tcp, number, ""))
-            .collect();
+        let ports: Vec<_> = (1..=4096).map(|number| port(Protocol::Tcp, number, "")).collect();
         let pod = attach(&first, &id, &ports);
         let reached = || inside(&far.namespace, || dial(&pod.namespace, (HOST, 4096)));
         assert_eq!(reached().unwrap(), FAR);
@@ -857,11 +872,19 @@ fn udp_flows_of_many_ports_are_forgotten_in_good_time() {
         for pod in ["one", "two"] {
             let attached = attach(&network, pod, &ports);
             for to in [1000, 5095] {
-                assert_eq!(ask(&attached.namespace, &client, (HOST, to)).unwrap(), FAR, "{pod}");
+                assert_eq!(
+                    ask(&attached.namespace, &client, (HOST, to)).unwrap(),
+                    FAR,
+                    "{pod}"
+                );
             }
             network.detach(pod).unwrap();
         }
-        assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+        assert!(
+            started.elapsed() < Duration::from_secs(20),
+            "{:?}",
+            started.elapsed()
+        );
         drop(keep);
     });
 }

@@ -228,6 +228,10 @@ impl Binary {
                 words: words.join(": ").chars().take(ERROR_CHARS).collect(),
             });
         }
+        // Plugins that are scripts often complain where their answer should be.
+        let complaint = String::from_utf8_lossy(answer.get(..SAID_BYTES).unwrap_or(&answer));
+        let said = Some(said).filter(|said| !said.is_empty());
+        let said = said.unwrap_or(complaint.trim());
         let how = match status {
             Status::Exited(code) => format!("ended with status {code}"),
             Status::Signaled(number) => format!("was killed by signal {number}"),

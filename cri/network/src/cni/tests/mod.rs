@@ -26,6 +26,7 @@ case "$mode" in
   refuse) echo '{"cniVersion":"1.0.0","code":11,"msg":"not now","details":"the reason"}'; exit 1 ;;
   unknown) echo '{"code":3,"msg":"never seen"}'; exit 1 ;;
   die) echo oops >&2; exit 3 ;;
+  complain) echo oops; exit 3 ;;
   kill) kill -9 $$ ;;
   hang) sleep 1000 & echo $! > DIR/sleeper; wait ;;
   rubbish) echo hello; exit 0 ;;

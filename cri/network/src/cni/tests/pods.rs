@@ -94,7 +94,11 @@ fn what_goes_wrong_at_add_is_said_and_undone() {
                 "die",
                 "CNI plugin two ended with status 3 at ADD, and said \"oops\"",
             ),
-            ("kill", "was killed by signal 9"),
+            (
+                "complain",
+                "CNI plugin two ended with status 3 at ADD, and said \"oops\"",
+            ),
+            ("kill", "was killed by signal 9 at ADD, and said \"nothing\""),
             ("rubbish", "no result: it is no JSON object"),
             ("empty", "no result: it is empty"),
             ("close", "no result: it is empty"),
