@@ -24,6 +24,7 @@ mod single;
 mod stop;
 mod streaming;
 mod streaming_attach;
+mod streaming_clients;
 mod streaming_forward;
 mod streaming_refused;
 mod streams;
@@ -110,6 +111,7 @@ fn main() -> ExitCode {
         network::all(),
         streaming::all(),
         streaming_attach::all(),
+        streaming_clients::all(),
         streaming_forward::all(),
         streaming_refused::all(),
     ];

@@ -6,12 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use coracle_integration::stretched;
-use coracle_kernel::signal::Signal;
 
-use crate::streams::{
-    Stage, TRANSPORTS, anonymous_kib, at_rest, ended, expect, noise, process, run, sha256, signal, written,
-};
-use crate::support::{eventually, join_all};
+use crate::streams::{Stage, TRANSPORTS, ended, expect, noise, run, sha256};
+use crate::support::join_all;
 
 crate::tests![
     output_errors_and_exit_code_over_every_protocol,
@@ -19,19 +16,12 @@ crate::tests![
     a_terminal_has_sizes_and_one_output,
     a_hundred_megabytes_each_way,
     eight_at_once,
-    a_client_that_does_not_read_stops_its_process_alone,
-    a_process_that_does_not_read_stops_its_client_alone,
-    a_client_that_goes_is_the_end_of_input,
-    a_client_that_goes_hangs_the_terminal_up,
     children_that_hold_the_output_keep_it_two_seconds,
     what_was_written_before_the_exit_arrives,
     a_container_that_stops_ends_its_sessions,
     a_program_that_is_not_there_leaves_nothing,
     sessions_and_calls_leave_nothing,
 ];
-
-/// What a stuck session may hold in the daemon.
-const STUCK_KIB: u64 = 32 << 10;
 
 async fn output_errors_and_exit_code_over_every_protocol() -> Result<()> {
     let Some(stage) = Stage::start("protocols", "sleep 1000").await? else {
@@ -215,198 +205,6 @@ async fn eight_at_once() -> Result<()> {
         let all = (0..8).map(|_| through(&stage, transport, &["cat"], Some(&source), &digest));
         join_all(all.collect()).await?;
     }
-    stage.node.finish().await
-}
-
-async fn a_client_that_does_not_read_stops_its_process_alone() -> Result<()> {
-    let Some(stage) = Stage::start("unread", "sleep 1000").await? else {
-        return Ok(());
-    };
-    let daemon = i32::try_from(stage.node.pid().context("no daemon")?)?;
-    for transport in TRANSPORTS {
-        let before = stage.cost().await?;
-        let words = ["yes", "a line that nobody reads"];
-        let mut driver = stage
-            .exec(&[transport], &words)
-            .await?
-            .stdout(Stdio::null())
-            .spawn()?;
-        let mut yes = 0;
-        eventually(async || {
-            yes = process(&words)?.context("it does not run")?;
-            ensure!(written(yes)? > 8 << 20, "it does not flow");
-            Ok(())
-        })
-        .await?;
-        signal(&driver, Signal::STOP)?;
-        let stuck = at_rest(|| written(yes)).await?;
-        let held = anonymous_kib(daemon)?;
-        ensure!(
-            held < before.daemon_kib + STUCK_KIB,
-            "{transport}: before {before:?}, now {held} KiB"
-        );
-        // Others are served.
-        let output = run(&mut stage.exec(&[transport], &["echo", "here"]).await?, b"").await?;
-        expect(&output, "here\n", "", 0)?;
-        ensure!(written(yes)? == stuck, "it goes on");
-        signal(&driver, Signal::CONT)?;
-        eventually(async || {
-            ensure!(
-                written(yes)? > stuck + (8 << 20),
-                "{transport}: it does not go on"
-            );
-            Ok(())
-        })
-        .await?;
-        driver.kill().await?;
-        eventually(async || {
-            ensure!(process(&words)?.is_none(), "{transport}: it outlives its client");
-            Ok(())
-        })
-        .await?;
-        stage.settled(before).await?;
-    }
-    stage.node.finish().await
-}
-
-async fn a_process_that_does_not_read_stops_its_client_alone() -> Result<()> {
-    let Some(stage) = Stage::start("untaken", "sleep 1000").await? else {
-        return Ok(());
-    };
-    let daemon = i32::try_from(stage.node.pid().context("no daemon")?)?;
-    for transport in TRANSPORTS {
-        let before = stage.cost().await?;
-        let script = "until [ -e /tmp/go ]; do sleep 0.1; done; rm /tmp/go; exec wc -c";
-        let source = tempfile::NamedTempFile::new_in(&stage.node.dir)?;
-        source.as_file().set_len(64 << 20)?;
-        let mut driver = stage
-            .exec(&[transport, "--stdin"], &["sh", "-c", script])
-            .await?
-            .stdin(source.reopen()?)
-            .spawn()?;
-        let pid = driver.id().context("no driver")?;
-        let read = || {
-            Ok(fs::read_to_string(format!("/proc/{pid}/io"))?
-                .lines()
-                .next()
-                .map_or(0, digits))
-        };
-        eventually(async || {
-            ensure!(read()? > 1 << 20, "it does not flow");
-            Ok(())
-        })
-        .await?;
-        let stuck = at_rest(read).await?;
-        ensure!(stuck < 48 << 20, "{transport}: {stuck} bytes were taken");
-        let held = anonymous_kib(daemon)?;
-        ensure!(
-            held < before.daemon_kib + STUCK_KIB,
-            "{transport}: before {before:?}, now {held} KiB"
-        );
-        stage.ask("touch /tmp/go").await?;
-        let mut stdout = driver.stdout.take().context("no output")?;
-        let status = ended(&mut driver).await?;
-        let mut text = String::new();
-        tokio::io::AsyncReadExt::read_to_string(&mut stdout, &mut text).await?;
-        ensure!(
-            status.success() && text.trim() == (64 << 20).to_string(),
-            "{transport}: {status} {text}"
-        );
-        // One that never reads, and a client that is killed meanwhile.
-        let words = ["sleep", "999"];
-        let mut driver = stage
-            .exec(&[transport, "--stdin"], &words)
-            .await?
-            .stdin(File::open("/dev/zero")?)
-            .spawn()?;
-        let pid = driver.id().context("no driver")?;
-        let read = || {
-            Ok(fs::read_to_string(format!("/proc/{pid}/io"))?
-                .lines()
-                .next()
-                .map_or(0, digits))
-        };
-        eventually(async || {
-            ensure!(read()? > 1 << 20, "it does not flow");
-            Ok(())
-        })
-        .await?;
-        at_rest(read).await?;
-        driver.kill().await?;
-        stage.settled(before).await?;
-        stage.ask("pkill -f 'sleep 999'").await?;
-    }
-    stage.node.finish().await
-}
-
-fn digits(line: &str) -> u64 {
-    line.rsplit(' ')
-        .next()
-        .and_then(|number| number.parse().ok())
-        .unwrap_or_default()
-}
-
-async fn a_client_that_goes_is_the_end_of_input() -> Result<()> {
-    let Some(stage) = Stage::start("goes", "sleep 1000").await? else {
-        return Ok(());
-    };
-    let before = stage.cost().await?;
-    for transport in TRANSPORTS {
-        let script = "echo here; cat > /dev/null; echo gone > /tmp/gone";
-        // By itself.
-        let flags = [transport, "--stdin", "--disconnect=300ms"];
-        let mut driver = stage
-            .exec(&flags, &["sh", "-c", script])
-            .await?
-            .stdin(Stdio::piped())
-            .spawn()?;
-        ensure!(ended(&mut driver).await?.success(), "it did not leave");
-        stage
-            .says("cat /tmp/gone; rm -f /tmp/gone", "gone")
-            .await
-            .context(transport)?;
-        // Killed.
-        let mut driver = stage
-            .exec(&[transport, "--stdin"], &["sh", "-c", script])
-            .await?
-            .stdin(Stdio::piped())
-            .spawn()?;
-        let lines = driver.stdout.take().context("no output")?;
-        let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(lines));
-        crate::streams::line_with(&mut lines, "here").await?;
-        driver.kill().await?;
-        stage
-            .says("cat /tmp/gone; rm -f /tmp/gone", "gone")
-            .await
-            .context(transport)?;
-    }
-    stage.settled(before).await?;
-    stage.node.finish().await
-}
-
-async fn a_client_that_goes_hangs_the_terminal_up() -> Result<()> {
-    let Some(stage) = Stage::start("hangup", "sleep 1000").await? else {
-        return Ok(());
-    };
-    let before = stage.cost().await?;
-    let script = "trap 'echo hup > /tmp/hup; exit' HUP; echo here; while :; do sleep 0.1; done";
-    for transport in TRANSPORTS {
-        let flags = [transport, "--tty", "--stdin"];
-        let mut driver = stage
-            .exec(&flags, &["sh", "-c", script])
-            .await?
-            .stdin(Stdio::piped())
-            .spawn()?;
-        let lines = driver.stdout.take().context("no output")?;
-        let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(lines));
-        crate::streams::line_with(&mut lines, "here").await?;
-        driver.kill().await?;
-        stage
-            .says("cat /tmp/hup; rm -f /tmp/hup", "hup")
-            .await
-            .context(transport)?;
-    }
-    stage.settled(before).await?;
     stage.node.finish().await
 }
 

@@ -18,6 +18,7 @@ crate::tests![
     the_input_of_a_container_that_takes_many,
     a_terminal_is_resized,
     a_client_that_does_not_read_misses_lines_and_stops_nobody,
+    what_is_missing_at_the_end_is_told,
     a_daemon_that_dies_ends_the_session_alone,
     coming_and_going_leaves_nothing,
 ];
@@ -261,6 +262,56 @@ async fn a_client_that_does_not_read_misses_lines_and_stops_nobody() -> Result<(
     Ok(())
 }
 
+async fn what_is_missing_at_the_end_is_told() -> Result<()> {
+    for transport in TRANSPORTS {
+        for (bytes, reads) in [(150_000, true), (12_000_000, false)] {
+            let script = format!(
+                "until [ -e /tmp/go ]; do echo wait; sleep 0.1; done; head -c {bytes} /dev/zero | tr '\\0' x; exit 3"
+            );
+            let Some(stage) = Stage::start("end", &script).await? else {
+                return Ok(());
+            };
+            let (child, mut lines) = stage.attached(&[transport]).await?;
+            line_with(&mut lines, "wait").await?;
+            if !reads {
+                signal(&child, Signal::STOP)?;
+            }
+            stage.ask("touch /tmp/go").await?;
+            stage.node.wait_exit(&stage.id, Duration::from_secs(10)).await?;
+            if !reads {
+                signal(&child, Signal::CONT)?;
+            }
+            let mut text = String::new();
+            let rest = async {
+                while let Some(line) = lines.next_line().await? {
+                    text = line;
+                    if text.contains("not shown") {
+                        break;
+                    }
+                }
+                Ok::<_, anyhow::Error>(())
+            };
+            let over = tokio::time::timeout(stretched(Duration::from_secs(20)), rest).await;
+            over.context("the session does not end")??;
+            if reads {
+                ensure!(
+                    text.len() == bytes,
+                    "{transport}: {} of {bytes} bytes",
+                    text.len()
+                );
+            } else {
+                ensure!(
+                    text.starts_with("coracle: ") && text.ends_with(" bytes of output are not shown here"),
+                    "{transport}: {} bytes and no note",
+                    text.len()
+                );
+            }
+            stage.node.finish().await?;
+        }
+    }
+    Ok(())
+}
+
 async fn a_daemon_that_dies_ends_the_session_alone() -> Result<()> {
     let Some(mut stage) = Stage::start("dies", TICKS).await? else {
         return Ok(());
@@ -280,12 +331,17 @@ async fn a_daemon_that_dies_ends_the_session_alone() -> Result<()> {
         line_with(&mut lines, "tick").await?;
         sessions.push((child, lines));
     }
+    // One that does not notice: the next daemon ends it, for nobody has its streams any more.
+    let mut deaf = stage.exec(&[TRANSPORTS[0]], &["sleep", "777"]).await?.spawn()?;
+    stage.says("ps | grep -c '[s]leep 777'", "1").await?;
     stage.node.kill()?;
     for (child, _) in &mut sessions {
         ended(child).await?;
     }
+    ended(&mut deaf).await?;
     ended(&mut exec).await?;
     stage.node.spawn().await?;
+    stage.says("ps | grep -c '[s]leep 777'", "0").await?;
     let before = stage.cost().await?;
     let status = stage.node.status(&stage.id).await?;
     ensure!(status.state() == ContainerState::ContainerRunning, "{status:?}");

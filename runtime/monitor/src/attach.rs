@@ -18,6 +18,9 @@ use crate::refusal::{Outcome, kernel, not_in_state};
 /// Most sessions of one container.
 const MAX_ATTACHED: usize = 64;
 
+/// What a pipe is made to hold when its last line does not fit: more than a daemon asks for at first.
+const LAST_PIPE_BYTES: usize = 512 << 10;
+
 /// A session: both its outputs, those that it wants.
 #[derive(Debug)]
 pub(crate) struct Attached {
@@ -46,7 +49,9 @@ impl Attached {
 
     /// The stream has ended.
     pub(crate) fn end(&mut self, stream: Stream) {
-        *self.slot(stream) = None;
+        if let Some(sink) = self.slot(stream).take() {
+            sink.finish();
+        }
     }
 
     fn is_open(&self) -> bool {
@@ -71,12 +76,7 @@ impl Sink {
                 self.dropped += bytes.len() as u64;
                 return true;
             }
-            let line = format!(
-                "\r\ncoracle: {} bytes of output are not shown here\r\n",
-                self.dropped
-            );
-            // Less than PIPE_BUF: it goes as a whole or not at all.
-            match fd::write(&self.fd, line.as_bytes()) {
+            match fd::write(&self.fd, self.note().as_bytes()) {
                 Ok(_) => self.dropped = 0,
                 Err(Errno::EAGAIN) => {
                     self.dropped += bytes.len() as u64;
@@ -92,6 +92,23 @@ impl Sink {
         };
         self.dropped += (bytes.len() - written) as u64;
         true
+    }
+
+    /// Tells of what is missing still: nobody can once the pipe is closed.
+    fn finish(self) {
+        if self.dropped > 0 {
+            // It is full of what has not been read yet. Where it may not grow, the log alone knows.
+            let _ = fd::set_pipe_size(&self.fd, LAST_PIPE_BYTES);
+            let _ = fd::write(&self.fd, self.note().as_bytes());
+        }
+    }
+
+    /// The line in the place of what was dropped. Less than `PIPE_BUF`: it is written as a whole or not at all.
+    fn note(&self) -> String {
+        format!(
+            "\r\ncoracle: {} bytes of output are not shown here\r\n",
+            self.dropped
+        )
     }
 }
 
@@ -215,6 +232,33 @@ mod tests {
         );
         drop(read);
         assert!(!attached.show(Stream::Stdout, b"x"), "nobody is there any more");
+    }
+
+    #[test]
+    fn what_is_missing_at_the_end_is_told_though_the_pipe_is_full() {
+        let (read, write) = fd::pipe().unwrap();
+        fd::set_nonblocking(&write, true).unwrap();
+        fd::set_pipe_size(&write, 256 << 10).unwrap();
+        let mut attached = Attached {
+            outputs: [
+                Some(Sink {
+                    serial: 1,
+                    fd: write,
+                    dropped: 0,
+                }),
+                None,
+            ],
+        };
+        for _ in 0..30 {
+            assert!(attached.show(Stream::Stdout, &[b'x'; 16 << 10]));
+        }
+        attached.end(Stream::Stdout);
+        let mut seen = Vec::new();
+        std::io::Read::read_to_end(&mut std::fs::File::from(read), &mut seen).unwrap();
+        let dropped = (30 * (16 << 10)) - (256 << 10);
+        let note = format!("\r\ncoracle: {dropped} bytes of output are not shown here\r\n");
+        assert!(seen.ends_with(note.as_bytes()));
+        assert_eq!(seen.len(), (256 << 10) + note.len());
     }
 
     #[test]

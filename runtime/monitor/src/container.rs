@@ -192,7 +192,10 @@ impl Container {
         self.pidfd = None;
         self.start = None;
         self.stdin = None;
-        self.attached = Vec::new();
+        for mut attached in std::mem::take(&mut self.attached) {
+            attached.end(Stream::Stdout);
+            attached.end(Stream::Stderr);
+        }
         self.oom = None;
         exit
     }
