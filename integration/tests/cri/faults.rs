@@ -55,7 +55,10 @@ async fn a_pull_ends_with_its_deadline() -> Result<()> {
         "{took:?}: {error}"
     );
     ensure!(
-        matches!(error.code(), tonic::Code::DeadlineExceeded | tonic::Code::Cancelled),
+        matches!(
+            error.code(),
+            tonic::Code::DeadlineExceeded | tonic::Code::Cancelled
+        ),
         "{error:?}"
     );
     // The worker's connection closes: nobody works on it any more.
