@@ -409,8 +409,11 @@ impl Network {
         self.rows.save(pod, Wiring::Cni(Box::new(record.clone())))?;
         let fresh = self.make_namespace(pod, sysctls)?;
         let netns = self.pins.path(pod);
-        record.result = Some(self.cni.add(pod, &record, &netns)?);
-        self.rows.save(pod, Wiring::Cni(Box::new(record.clone())))?;
+        let added = self.cni.add(pod, &mut record, &netns);
+        // Also after a failure: the undoing needs what was answered before it.
+        let saved = self.rows.save(pod, Wiring::Cni(Box::new(record.clone())));
+        added?;
+        saved?;
         Ok(Attachment {
             netns,
             namespace: fresh.namespace,

@@ -1,7 +1,8 @@
 //! One run of one plugin: a program with a fixed name, an environment from nothing, its request on standard input.
 //!
 //! The program leads a session of its own. What it answers is bounded, and so is its time: past either bound its whole
-//! process group is killed; it does not outlive the daemon either. What it leaves running in the background when it has ended is not waited for.
+//! process group is killed. It does not outlive the daemon either, but what it has started may. What it leaves running
+//! in the background when it has ended is not waited for.
 
 use std::ffi::CString;
 use std::os::fd::{AsFd as _, OwnedFd};
