@@ -295,6 +295,16 @@ impl Client {
         self.wait(self.calls.exec(container, command, seconds(limit)))
     }
 
+    /// The URL of a PortForward.
+    pub fn port_forward(&self, sandbox: &str) -> Result<String, Status> {
+        let request = v1::PortForwardRequest {
+            pod_sandbox_id: sandbox.to_owned(),
+            port: Vec::new(),
+        };
+        let answer = self.wait(async { self.calls.runtime().port_forward(request).await })?;
+        Ok(answer.into_inner().url)
+    }
+
     /// StopContainer.
     pub fn stop(&self, container: &str, grace: Duration) -> Result<(), Status> {
         self.wait(self.calls.stop_container(container, seconds(grace)))

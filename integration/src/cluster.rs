@@ -61,8 +61,8 @@ impl Programs {
 }
 
 impl<'a> Cluster<'a> {
-    /// Starts all of it on a daemon that serves; returns when the node is ready.
-    pub fn start(cell: &'a Cell, programs: &'a Programs, daemon: &Daemon) -> Result<Cluster<'a>> {
+    /// Starts all of it on the CRI server at a socket; returns when the node is ready.
+    pub fn start(cell: &'a Cell, programs: &'a Programs, socket: &Path) -> Result<Cluster<'a>> {
         let mut cluster = Cluster {
             cell,
             programs,
@@ -72,9 +72,8 @@ impl<'a> Cluster<'a> {
         };
         cluster.write_files()?;
         cluster.start_control_plane()?;
-        let socket = daemon.socket();
         let options = kubelet::Options {
-            socket: &socket,
+            socket,
             config: json!({
                 "address": "0.0.0.0",
                 "clusterDNS": [NODE_ADDRESS], "clusterDomain": "cluster.local",
@@ -83,6 +82,7 @@ impl<'a> Cluster<'a> {
                 "nodeStatusUpdateFrequency": "2s", "syncFrequency": "5s",
                 "kubeAPIQPS": 200, "kubeAPIBurst": 400, "registryPullQPS": 0, "eventRecordQPS": 0,
             }),
+            by_flag: false,
             kubeconfig: Some(&cluster.kubeconfig),
         };
         cluster.kubelet = Some(Kubelet::start(cell, &programs.kubelet, &options)?);

@@ -227,9 +227,21 @@ impl Daemon {
             fs::write(dir.join("hosts.toml"), format!("ca = {authority:?}\n"))?;
         }
         let config = format!("[image]\ncerts_dir = {certs:?}\n[network]\nsubnet = \"10.222.0.0/16\"\n");
-        let mut daemon = Self {
-            server: Server::new(&program, cell.dir(), &config)?,
-        };
+        let server = Server::new(&program, cell.dir(), &config)?;
+        Self::serve(cell, server)
+    }
+
+    /// Starts it with pods connected by CNI plugins: a configuration's directory and that of the programs.
+    pub fn start_with_plugins(cell: &Cell, conf: &Path, bin: &Path) -> Result<Self> {
+        let program = program("CORACLED").context("CORACLED names the daemon to test")?;
+        let config = format!("[network]\ncni_conf_dir = {conf:?}\ncni_bin_dirs = [{bin:?}]\n");
+        let mut server = Server::new(&program, cell.dir(), &config)?;
+        server.network = "cni";
+        Self::serve(cell, server)
+    }
+
+    fn serve(cell: &Cell, server: Server) -> Result<Self> {
+        let mut daemon = Self { server };
         daemon.launch(cell, &[])?;
         Ok(daemon)
     }

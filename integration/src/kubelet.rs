@@ -18,6 +18,8 @@ pub struct Options<'a> {
     pub socket: &'a Path,
     /// Keys that are added to (or replace those of) the configuration.
     pub config: Value,
+    /// Whether the socket is named by a flag, as k3s does it, and not in the configuration.
+    pub by_flag: bool,
     /// How to reach an API server; none for static pods alone.
     pub kubeconfig: Option<&'a Path>,
 }
@@ -39,7 +41,6 @@ impl<'a> Kubelet<'a> {
         let mut config = json!({
             "apiVersion": "kubelet.config.k8s.io/v1beta1",
             "kind": "KubeletConfiguration",
-            "containerRuntimeEndpoint": format!("unix://{}", options.socket.display()),
             "staticPodPath": manifests,
             "podLogsDir": cell.subdir("pods")?,
             "volumePluginDir": cell.subdir("plugins")?,
@@ -55,6 +56,10 @@ impl<'a> Kubelet<'a> {
             "resolvConf": "",
             "evictionHard": {"memory.available": "0%", "nodefs.available": "0%", "imagefs.available": "0%", "nodefs.inodesFree": "0%"},
         });
+        let endpoint = format!("unix://{}", options.socket.display());
+        if !options.by_flag {
+            config["containerRuntimeEndpoint"] = json!(endpoint);
+        }
         if let (Some(config), Some(more)) = (config.as_object_mut(), options.config.as_object()) {
             config.extend(more.clone());
         }
@@ -70,6 +75,9 @@ impl<'a> Kubelet<'a> {
             .arg("--cert-dir")
             .arg(root.join("pki"))
             .args(["--hostname-override", "node1", "--node-ip", NODE_ADDRESS]);
+        if options.by_flag {
+            command.args(["--container-runtime-endpoint", &endpoint]);
+        }
         if let Some(kubeconfig) = options.kubeconfig {
             command.arg("--kubeconfig").arg(kubeconfig);
         }

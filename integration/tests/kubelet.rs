@@ -32,6 +32,7 @@ fn a_pod_lives_through_crashes_and_goes() -> Result<()> {
     let options = Options {
         socket: &socket,
         config: json!({}),
+        by_flag: false,
         kubeconfig: None,
     };
     let mut kubelet = Kubelet::start(&cell, &kubelet_program, &options)?;
@@ -114,6 +115,7 @@ fn a_reboot_gives_new_sandboxes_and_repeats_nothing() -> Result<()> {
     let options = Options {
         socket: &socket,
         config: json!({}),
+        by_flag: true,
         kubeconfig: None,
     };
     let mut kubelet = Kubelet::start(&cell, &kubelet_program, &options)?;
@@ -207,6 +209,7 @@ fn twenty_pods_for_six_minutes() -> Result<()> {
         &Options {
             socket: &socket,
             config,
+            by_flag: false,
             kubeconfig: None,
         },
     )?;

@@ -39,7 +39,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "server",
         &[
-            "engine", "proto", "store", "image", "snapshot", "network", "cgroup", "kernel",
+            "engine", "stream", "proto", "store", "image", "snapshot", "network", "cgroup", "kernel",
         ],
     ),
     ("tests", &["kernel"]),

@@ -9,7 +9,7 @@ use crate::build::{self, Daemon, cargo};
 use crate::install::{self, Want};
 use crate::tools::{self, Tool};
 
-/// Prints tables of times and ratios; `part` is oci, cri or memory.
+/// Prints tables of times and ratios; `part` is oci, cri, forward, memory or cluster.
 pub(crate) fn bench(places: &Places, part: Option<&str>) -> Result<()> {
     install::install(Want::Everything)?;
     let coracle = build::runtime(places)?;
@@ -33,7 +33,12 @@ pub(crate) fn bench(places: &Places, part: Option<&str>) -> Result<()> {
         .env("CRUN", "/usr/bin/crun")
         .env("CONTAINERD", containerd.join("containerd"))
         .env("CTR", containerd.join("ctr"))
-        .env("CNI_PLUGINS", tools::build(places, Tool::Cni)?);
+        .env("CNI_PLUGINS", tools::build(places, Tool::Cni)?)
+        .env("STREAMER", tools::build(places, Tool::Streamer)?.join("streamer"))
+        .env("KUBELET", tools::build(places, Tool::Kubelet)?.join("kubelet"))
+        .env("KUBERNETES_BIN", tools::build(places, Tool::Kubernetes)?)
+        .env("ETCD", tools::build(places, Tool::Etcd)?.join("server"))
+        .env("COREDNS", tools::build(places, Tool::Coredns)?.join("coredns"));
     let status = command.status().context("run the bench program")?;
     ensure!(status.success(), "the bench ended with {status}");
     Ok(())

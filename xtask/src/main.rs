@@ -35,7 +35,7 @@ enum Task {
     Test(TestFlags),
     /// Figures as ratios against runc, crun and containerd, measured in one run
     Bench {
-        /// One part alone: oci, cri or memory
+        /// One part alone: oci, cri, forward, memory or cluster
         part: Option<String>,
     },
     /// The suites in the cgroup v2 guest

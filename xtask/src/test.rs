@@ -344,6 +344,7 @@ fn cluster(run: &mut Run<'_>) -> Result<bool> {
         (Tool::Kubernetes, "KUBERNETES_BIN", ""),
         (Tool::Etcd, "ETCD", "server"),
         (Tool::Coredns, "COREDNS", "coredns"),
+        (Tool::Cni, CNI_BIN, ""),
     ];
     let mut variables = Vec::new();
     for (tool, variable, program) in tools {

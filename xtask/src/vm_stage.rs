@@ -22,7 +22,7 @@ use crate::vm::{Guest, Outcome};
 const SLOWNESS: u32 = 6;
 
 /// What the guest runs, a boot each; the filter may name one.
-const GROUPS: [&str; 3] = ["oci", "cri", "kubelet"];
+const GROUPS: [&str; 4] = ["oci", "cri", "kubelet", "cluster"];
 
 /// The CRI suite takes as long as all the rest, so it is run in as many boots.
 const CRI_SHARDS: usize = 2;
@@ -65,6 +65,10 @@ pub(crate) fn guest(run: &mut Run<'_>) -> Result<bool> {
     }
     if is_wanted(run, "kubelet") {
         groups.extend(kubelet_group(run)?);
+    }
+    // A control plane takes its time on a machine as slow as this.
+    if run.flags.filter.as_deref() == Some("cluster") || (run.flags.long && is_wanted(run, "cluster")) {
+        groups.extend(cluster_group(run)?);
     }
     let queue = Mutex::new(groups);
     let done = Mutex::new(Vec::new());
@@ -242,9 +246,8 @@ fn kubelet_group(run: &mut Run<'_>) -> Result<Option<Group>> {
         ("", false) => "a_pod_lives a_reboot",
         (filter, _) => filter,
     };
-    // A user-mode kernel tells no clock speed, and the kubelet's cAdvisor insists on one.
     let script = format!(
-        "{BEGIN} awk '1; /^model name/{{print \"cpu MHz\\t\\t: 2000.000\"}}' /proc/cpuinfo >/root/cpuinfo; mount --bind /root/cpuinfo /proc/cpuinfo; \
+        "{BEGIN} {CLOCK} \
          KUBELET=$PWD/kubelet ./kubelet-test {tests} --test-threads 1 || failed=1; exit $failed"
     );
     Ok(Some(Group {
@@ -255,6 +258,48 @@ fn kubelet_group(run: &mut Run<'_>) -> Result<Option<Group>> {
         limit_seconds: 1500,
     }))
 }
+
+/// What people do with kubectl; without services, whose proxy is no part of it.
+fn cluster_group(run: &mut Run<'_>) -> Result<Option<Group>> {
+    let tools = [
+        (Tool::Kubelet, &["kubelet"][..]),
+        (
+            Tool::Kubernetes,
+            &[
+                "kube-apiserver",
+                "kube-controller-manager",
+                "kube-scheduler",
+                "kubectl",
+            ],
+        ),
+        (Tool::Etcd, &["server"]),
+        (Tool::Coredns, &["coredns"]),
+    ];
+    let share = share()?;
+    carry_programs(run, share.path(), "cluster-test")?;
+    for (tool, programs) in tools {
+        let Some(dir) = run.tool(tool) else {
+            return Ok(None);
+        };
+        for program in programs {
+            carry(&dir.join(program), share.path(), program)?;
+        }
+    }
+    let script = format!(
+        "{BEGIN} {CLOCK} KUBELET=$PWD/kubelet KUBERNETES_BIN=$PWD ETCD=$PWD/server COREDNS=$PWD/coredns \
+         ./cluster-test exec attach ports files logs debugged || failed=1; exit $failed"
+    );
+    Ok(Some(Group {
+        name: "cluster",
+        share,
+        script,
+        memory_mib: 6000,
+        limit_seconds: 2400,
+    }))
+}
+
+/// A user-mode kernel tells no clock speed, and the kubelet's cAdvisor insists on one.
+const CLOCK: &str = "awk '1; /^model name/{print \"cpu MHz\\t\\t: 2000.000\"}' /proc/cpuinfo >/root/cpuinfo; mount --bind /root/cpuinfo /proc/cpuinfo;";
 
 /// Everything lies on the guest's own disk: a host folder cannot hold what containers need.
 const BEGIN: &str = "cp -r /mnt/share /var/lib/suite; cd /var/lib/suite; failed=0; export CORACLED=$PWD/coracled CORACLE=$PWD/coracle CORACLE_BIN_DIR=$PWD;";

@@ -1,12 +1,14 @@
 //! Pod networks need care between requests: their configuration is watched, and what could not be taken down is tried
 //! again. What to do and when is the network's to say; here are the timers.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use coracle_network::{Network, Watch};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::task::{Id, JoinSet};
 use tracing::{info, warn};
 
 use crate::container::blocking;
@@ -16,6 +18,9 @@ use crate::record::SandboxPhase;
 
 /// Pause after something that should not fail did.
 const PAUSE: Duration = Duration::from_secs(10);
+
+/// How many networks are tried again at a time.
+const RETRIES_AT_ONCE: usize = 4;
 
 /// Starts the care; it ends with the daemon.
 pub(crate) fn start(core: &Arc<Core>) {
@@ -70,28 +75,43 @@ fn register(watch: Watch) -> std::io::Result<AsyncFd<Watch>> {
     AsyncFd::with_interest(watch, Interest::READABLE)
 }
 
-/// Tries networks again that could not be taken down, and brings their pods to their end then.
+/// Tries networks again that could not be taken down, and brings their pods to their end then. Some side by side: one
+/// plugin that hangs must not keep the others waiting.
 async fn keep_retrying(core: Arc<Core>) {
+    let mut tries = JoinSet::new();
+    let mut busy: HashMap<Id, String> = HashMap::new();
     loop {
-        let network = core.network.clone();
-        let next = match blocking(move || network.retry_due()).await {
-            Ok(retried) => {
-                for pod in &retried.done {
-                    finish(&core, pod).await;
-                }
-                retried.next
-            }
-            Err(error) => {
-                warn!(
-                    error = error.chain(),
-                    "networks that are left are not tried again yet"
-                );
-                Some(PAUSE)
-            }
-        };
+        let due = core.network.due(|pod| busy.values().any(|other| other == pod));
+        let free = RETRIES_AT_ONCE.saturating_sub(busy.len());
+        for pod in due.pods.into_iter().take(free) {
+            let id = tries.spawn(retry(core.clone(), pod.clone())).id();
+            busy.insert(id, pod);
+        }
         tokio::select! {
+            // Those that found no place have their turn at the latest now.
+            Some(ended) = tries.join_next_with_id() => {
+                let id = ended.map_or_else(|error| error.id(), |(id, ())| id);
+                busy.remove(&id);
+            }
             () = core.network_failed.notified() => {}
-            () = sleep_or_wait(next) => {}
+            () = sleep_or_wait(due.next) => {}
+        }
+    }
+}
+
+async fn retry(core: Arc<Core>, pod: String) {
+    let (network, id) = (core.network.clone(), pod.clone());
+    match blocking(move || network.retry(&id)).await {
+        // Apart: its containers may keep it waiting, and others wait for this place.
+        Ok(true) => drop(tokio::spawn(async move { finish(&core, &pod).await })),
+        Ok(false) => {}
+        Err(error) => {
+            warn!(
+                pod,
+                error = error.chain(),
+                "a network that is left is not tried again yet"
+            );
+            tokio::time::sleep(PAUSE).await;
         }
     }
 }

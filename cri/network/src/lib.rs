@@ -38,7 +38,7 @@ use crate::netns::{Fresh, Pins, pod_sysctls};
 use crate::retry::{Failures, Turns};
 use crate::rows::Rows;
 pub use crate::rows::{Book, BookError, BridgeLease, PortMapping, Protocol, Row, Wiring};
-pub use crate::tend::Retried;
+pub use crate::tend::Due;
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -280,7 +280,7 @@ impl Network {
     }
 
     /// Takes a pod's network away; what is not there, or only half, is no error. After a failure the row stays, and
-    /// [`Network::retry_due`] tries again.
+    /// [`Network::retry`] tries again.
     pub fn detach(&self, pod: &str) -> Result<()> {
         check_pod(pod)?;
         let _turn = self.turns.take(pod);
@@ -328,20 +328,32 @@ impl Network {
     }
 
     /// Removes what this instance made for pods that are not alive: namespaces, rows and what their wirings made. How
-    /// many pods' things were removed; those of CNI pods are only on their way, by [`Network::retry_due`].
+    /// many pods' things were removed; those of CNI pods are only on their way, by [`Network::retry`], and so is
+    /// what could not be removed: one pod's remains keep neither the others' nor the daemon from their way.
     pub fn sweep(&self, alive: impl Fn(&str) -> bool) -> Result<usize> {
         let mut dead: Vec<String> = self.pins.list()?;
         dead.extend(self.rows.pods());
         dead.retain(|pod| !alive(pod));
         dead.sort_unstable();
         dead.dedup();
-        for pod in &dead {
-            match self.rows.get(pod) {
-                // Plugins take their time, and the start of the daemon does not wait for them.
-                Some(Wiring::Cni(_)) => self.failures.schedule(pod, Instant::now()),
-                _ => self.detach(pod)?,
+        dead.retain(|pod| match self.rows.get(pod) {
+            // Plugins take their time, and the start of the daemon does not wait for them.
+            Some(Wiring::Cni(_)) => {
+                self.failures.schedule(pod, Instant::now());
+                true
             }
-        }
+            _ => match self.detach(pod) {
+                Ok(()) => true,
+                Err(error) => {
+                    tracing::warn!(
+                        pod,
+                        error = chain_text(&error),
+                        "a left-over network is not removed yet"
+                    );
+                    false
+                }
+            },
+        });
         let bridge = match &self.mode {
             Mode::Bridge(bridge) => Some(bridge),
             Mode::Cni(_) => None,
@@ -397,8 +409,11 @@ impl Network {
         self.rows.save(pod, Wiring::Cni(Box::new(record.clone())))?;
         let fresh = self.make_namespace(pod, sysctls)?;
         let netns = self.pins.path(pod);
-        record.result = Some(self.cni.add(pod, &record, &netns)?);
-        self.rows.save(pod, Wiring::Cni(Box::new(record.clone())))?;
+        let added = self.cni.add(pod, &mut record, &netns);
+        // Also after a failure: the undoing needs what was answered before it.
+        let saved = self.rows.save(pod, Wiring::Cni(Box::new(record.clone())));
+        added?;
+        saved?;
         Ok(Attachment {
             netns,
             namespace: fresh.namespace,

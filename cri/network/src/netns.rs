@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Mutex;
 
 use coracle_kernel::mount;
+use coracle_kernel::mount_attr::Propagation;
 use coracle_kernel::mount_old;
 use coracle_kernel::namespace::{self, Kind, Kinds};
 use coracle_kernel::path;
@@ -12,7 +14,7 @@ use coracle_kernel::procfs::Procfs;
 use coracle_kernel::{Errno, Error as KernelError};
 
 use crate::rtnl::{LinkEvents, Rtnl};
-use crate::{AttachOptions, Error, Result, step};
+use crate::{AttachOptions, Error, Result, check_pod, lock, step};
 
 /// Most entries of the directory; every pod of every runtime on the host has one.
 const ENTRIES_MAX: usize = 1 << 16;
@@ -24,6 +26,8 @@ const MOUNTS_MAX: usize = 16;
 pub(crate) struct Pins {
     dir: PathBuf,
     prefix: String,
+    /// Whether the directory was looked over in this life of the daemon. Held meanwhile: nothing may be pinned before.
+    ready: Mutex<bool>,
 }
 
 /// A new namespace, and route sockets in it.
@@ -49,6 +53,7 @@ impl Pins {
         Pins {
             dir: dir.into(),
             prefix: format!("coracle-{instance}-"),
+            ready: Mutex::default(),
         }
     }
 
@@ -89,7 +94,11 @@ impl Pins {
             Err(error) => return Err(failed(error)),
         };
         let entries = path::list_dir(dir, ENTRIES_MAX).map_err(failed)?;
-        let pod = |name: &str| name.strip_prefix(&self.prefix).map(str::to_owned);
+        // A name that no pod can have is somebody else's file.
+        let pod = |name: &str| {
+            let pod = name.strip_prefix(&self.prefix)?;
+            check_pod(pod).is_ok().then(|| pod.to_owned())
+        };
         Ok(entries
             .iter()
             .filter_map(|(name, _)| pod(name.to_str()?))
@@ -101,17 +110,35 @@ impl Pins {
     }
 
     fn pin(&self, pod: &str, namespace: &OwnedFd) -> Result<(), KernelError> {
+        self.make_dir()?;
+        let dir = path::open_dir(&self.dir)?;
+        let file = path::create_file_at(dir, self.name(pod), 0o444)?;
+        mount_old::bind(namespace, file, false)
+    }
+
+    /// Makes the directory where it is missing, and a shared mount of it, as ip-netns(8) and the CNI library do. They
+    /// would do so later, and hide what is pinned in it by then under their mount: it could not be removed any more.
+    fn make_dir(&self) -> Result<(), KernelError> {
+        let mut ready = lock(&self.ready);
         let dir = match path::open_dir(&self.dir) {
-            Ok(dir) => dir,
+            Ok(_) if *ready => return Ok(()),
             Err(error) if error.errno() == Errno::ENOENT => {
                 std::fs::create_dir_all(&self.dir)
                     .map_err(|error| KernelError::from_io("mkdir", format!("{:?}", self.dir), &error))?;
                 path::open_dir(&self.dir)?
             }
-            Err(error) => return Err(error),
+            other => other?,
         };
-        let file = path::create_file_at(dir, self.name(pod), 0o444)?;
-        mount_old::bind(namespace, file, false)
+        // What others have pinned already would be hidden by ours.
+        if !path::mount_place(&dir)?.is_root && path::list_dir(&dir, ENTRIES_MAX)?.is_empty() {
+            let made = mount_old::bind(&dir, &dir, false)
+                .and_then(|()| mount_old::set_propagation(&self.dir, Propagation::Shared, false));
+            if let Err(error) = made {
+                tracing::warn!(%error, "pinned network namespaces may be hidden by a later ip netns add");
+            }
+        }
+        *ready = true;
+        Ok(())
     }
 
     fn unpin(&self, pod: &str) -> Result<(), KernelError> {

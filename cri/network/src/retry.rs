@@ -102,15 +102,15 @@ impl Failures {
         lock(&self.0).get(pod).is_some_and(|failure| failure.due <= now)
     }
 
-    pub(crate) fn due(&self, now: Instant) -> Vec<String> {
+    /// Pods that are due, the longest one first, and when the next other one is; without those that `busy` is true of.
+    pub(crate) fn due(&self, now: Instant, busy: impl Fn(&str) -> bool) -> (Vec<String>, Option<Instant>) {
         let failures = lock(&self.0);
-        let due = failures.iter().filter(|(_, failure)| failure.due <= now);
-        due.map(|(pod, _)| pod.clone()).collect()
-    }
-
-    /// When the next pod is due.
-    pub(crate) fn next(&self) -> Option<Instant> {
-        lock(&self.0).values().map(|failure| failure.due).min()
+        let idle = failures.iter().filter(|(pod, _)| !busy(pod));
+        let mut waiting: Vec<_> = idle.map(|(pod, failure)| (failure.due, pod)).collect();
+        waiting.sort();
+        let (due, later) = waiting.split_at(waiting.partition_point(|(due, _)| *due <= now));
+        let due = due.iter().map(|(_, pod)| (*pod).clone()).collect();
+        (due, later.first().map(|(due, _)| *due))
     }
 
     /// Each pod that has failed, how often, and why.
@@ -132,21 +132,39 @@ mod tests {
         let failures = Failures::default();
         let start = Instant::now();
         failures.schedule("pod", start);
-        assert_eq!(failures.due(start), ["pod"]);
+        let due = |now| failures.due(now, |_| false);
+        assert_eq!(due(start), (vec!["pod".to_owned()], None));
         assert_eq!(failures.recent("pod", start), None);
         let mut pauses = Vec::new();
         for _ in 0..1000 {
             failures.failed("pod", start, &Error::NotReady("x".to_owned()));
-            pauses.push((failures.next().unwrap() - start).as_secs());
+            pauses.push((due(start).1.unwrap() - start).as_secs());
         }
         assert_eq!(pauses[..10], [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]);
         assert_eq!(pauses.last(), Some(&300));
         assert!(failures.recent("pod", start + Duration::from_secs(1)).is_some());
         assert_eq!(failures.recent("pod", start + Duration::from_secs(3)), None);
-        assert_eq!(failures.due(start + Duration::from_secs(299)), [""; 0]);
+        assert_eq!(due(start + Duration::from_secs(299)).0, [""; 0]);
         assert!(failures.is_due("pod", start + Duration::from_secs(300)));
         failures.forget("pod");
-        assert_eq!(failures.next(), None);
+        assert_eq!(due(start), (vec![], None));
+    }
+
+    #[test]
+    fn the_pod_that_has_waited_longest_is_first_and_busy_ones_are_not_told_of() {
+        let failures = Failures::default();
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        for (pod, at) in [("c", 0), ("a", 2), ("b", 1), ("late", 60)] {
+            failures.schedule(pod, after(at));
+        }
+        let due = |busy: &[&str]| failures.due(after(9), |pod| busy.contains(&pod));
+        assert_eq!(due(&[]).0, ["c", "b", "a"]);
+        assert_eq!(
+            due(&["b"]),
+            (vec!["c".to_owned(), "a".to_owned()], Some(after(60)))
+        );
+        assert_eq!(due(&["a", "b", "c", "late"]), (vec![], None));
     }
 
     #[test]

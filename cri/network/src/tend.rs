@@ -1,6 +1,6 @@
 //! What is done besides requests: the configuration is watched, and what failed is tried again.
 //!
-//! Nothing here has a thread of its own: the daemon calls [`Network::refresh`] and [`Network::retry_due`] when their
+//! Nothing here has a thread of its own: the daemon calls [`Network::refresh`] and [`Network::retry`] when their
 //! time has come.
 
 use std::time::{Duration, Instant};
@@ -8,43 +8,47 @@ use std::time::{Duration, Instant};
 use crate::cni::Watch;
 use crate::{Mode, Network, Result, Wiring, chain_text, check_pod, step};
 
-/// What [`Network::retry_due`] came to.
+/// Pods that could not be taken down.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Retried {
-    /// Pods that are taken down now.
-    pub done: Vec<String>,
-    /// How long until the next pod is to be tried; none if there is none.
+pub struct Due {
+    /// Those that are to be tried again now, the one that has waited longest first.
+    pub pods: Vec<String>,
+    /// How long until the next other one is to be; none if there is none.
     pub next: Option<Duration>,
 }
 
-/// How many pods are tried again side by side: one plugin that hangs must not keep the others waiting.
-const RETRIES_AT_ONCE: usize = 4;
-
 impl Network {
-    /// Tries those pods again that could not be taken down, each after a pause that grows.
-    pub fn retry_due(&self) -> Retried {
-        let due = self.failures.due(Instant::now());
-        let mut done = Vec::new();
-        for some in due.chunks(RETRIES_AT_ONCE) {
-            std::thread::scope(|scope| {
-                let tries: Vec<_> = some
-                    .iter()
-                    .map(|pod| (pod, scope.spawn(|| self.retry(pod))))
-                    .collect();
-                for (pod, tried) in tries {
-                    match tried.join() {
-                        Ok(true) => done.push(pod.clone()),
-                        Ok(false) => {}
-                        Err(panic) => std::panic::resume_unwind(panic),
-                    }
-                }
-            });
-        }
+    /// Which pods are to be tried again by [`Network::retry`], each after a pause that grows; `busy` ones are being
+    /// tried already.
+    pub fn due(&self, busy: impl Fn(&str) -> bool) -> Due {
         let now = Instant::now();
-        let next = self.failures.next();
-        Retried {
-            done,
+        let (pods, next) = self.failures.due(now, busy);
+        Due {
+            pods,
             next: next.map(|next| next.saturating_duration_since(now)),
+        }
+    }
+
+    /// Tries again to take down a pod that is due. Whether it is down now. As long as its plugins hang.
+    pub fn retry(&self, pod: &str) -> bool {
+        let _turn = self.turns.take(pod);
+        // Somebody else may have been at it meanwhile.
+        if !self.failures.is_due(pod, Instant::now()) {
+            return false;
+        }
+        match self.detach_now(pod) {
+            Ok(()) => {
+                tracing::info!(pod, "the pod's network is taken down at last");
+                true
+            }
+            Err(error) => {
+                tracing::warn!(
+                    pod,
+                    error = chain_text(&error),
+                    "the pod's network is not taken down yet"
+                );
+                false
+            }
         }
     }
 
@@ -88,28 +92,6 @@ impl Network {
         match self.mode {
             Mode::Cni(_) => Ok(self.cni.set_pod_cidr(cidrs)?),
             Mode::Bridge(_) => Ok(()),
-        }
-    }
-
-    fn retry(&self, pod: &str) -> bool {
-        let _turn = self.turns.take(pod);
-        // Somebody else may have been at it meanwhile.
-        if !self.failures.is_due(pod, Instant::now()) {
-            return false;
-        }
-        match self.detach_now(pod) {
-            Ok(()) => {
-                tracing::info!(pod, "the pod's network is taken down at last");
-                true
-            }
-            Err(error) => {
-                tracing::warn!(
-                    pod,
-                    error = chain_text(&error),
-                    "the pod's network is not taken down yet"
-                );
-                false
-            }
         }
     }
 }

@@ -422,6 +422,57 @@ fn a_bridge_that_a_crash_left_goes_with_the_sweep() {
 }
 
 #[test]
+fn pins_are_removed_also_after_ip_netns_has_made_a_mount_of_their_directory() {
+    isolated(|| {
+        let book = Arc::new(Book::default());
+        let network = network(&book);
+        std::thread::scope(|scope| {
+            for pod in ["a", "b", "c", "d"] {
+                let network = &network;
+                scope.spawn(move || attach(network, pod));
+            }
+        });
+        // What `ip netns add` does: a shared mount of the directory, and first a mount of it where there is none.
+        let dir = std::path::Path::new("/run/netns");
+        if mount_old::set_propagation(dir, Propagation::Shared, true).is_err() {
+            let opened = coracle_kernel::path::open_dir(dir).unwrap();
+            mount_old::bind(&opened, &opened, true).unwrap();
+            mount_old::set_propagation(dir, Propagation::Shared, true).unwrap();
+        }
+        for pod in ["a", "b", "c", "d"] {
+            network.detach(pod).unwrap();
+        }
+        assert_eq!((links(), pins(), mounts_below_run_netns()), (vec![], vec![], 0));
+    });
+}
+
+#[test]
+fn what_cannot_be_swept_keeps_neither_the_rest_nor_the_daemon() {
+    isolated(|| {
+        let book = Arc::new(Book::default());
+        let first = network(&book);
+        attach(&first, "dead");
+        drop(first);
+        let strange = format!("/run/netns/coracle-{INSTANCE}-a b");
+        std::fs::write(&strange, "").unwrap();
+        let stuck = format!("/run/netns/coracle-{INSTANCE}-a");
+        std::fs::create_dir(&stuck).unwrap();
+
+        let second = network(&book);
+        assert_eq!(second.sweep(|_| false).unwrap(), 1, "the pod");
+        assert_eq!(links(), Vec::<String>::new());
+        let findings = format!("{:?}", second.status().findings);
+        assert!(
+            findings.contains("the network of pod a could not be taken down"),
+            "{findings}"
+        );
+        std::fs::remove_dir(&stuck).unwrap();
+        cni::tests::retry_until_done(&second);
+        assert_eq!(pins(), [format!("coracle-{INSTANCE}-a b")]);
+    });
+}
+
+#[test]
 fn the_bridge_comes_back_if_someone_removes_it() {
     isolated(|| {
         let book = Arc::new(Book::default());

@@ -89,6 +89,7 @@ pub(crate) async fn copy(
             let end = End {
                 exited: exit_time,
                 drain,
+                most_after: AFTER_DRAIN,
             };
             tokio::select! {
                 () = is_true(given_up) => {}
@@ -140,6 +141,8 @@ struct End {
     /// When the process exited.
     exited: watch::Receiver<Option<Instant>>,
     drain: Duration,
+    /// Bytes that are still read when the time is over.
+    most_after: usize,
 }
 
 impl End {
@@ -187,7 +190,7 @@ async fn copy_out(source: &Fd, stream: Option<u32>, to: &mpsc::Sender<Send>, poo
             break;
         }
     }
-    let mut left = AFTER_DRAIN;
+    let mut left = end.most_after;
     while left > 0 {
         let mut chunk = pool.take().await;
         let length = match read(source, &mut chunk) {
@@ -282,4 +285,37 @@ fn read(fd: &AsyncFd<OwnedFd>, chunk: &mut Chunk) -> io::Result<usize> {
 
 fn to_io(errno: Errno) -> io::Error {
     io::Error::from_raw_os_error(errno.raw())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Reads a pipe that another has filled and holds open after the exit; how many bytes were sent.
+    async fn read_after_exit(filled: usize, most_after: usize) -> usize {
+        let (read, write) = coracle_kernel::fd::pipe().unwrap();
+        assert_eq!(coracle_kernel::fd::write(&write, &vec![7; filled]), Ok(filled));
+        let source = register(read, Interest::READABLE).unwrap();
+        let end = End {
+            exited: watch::channel(Some(Instant::now())).1,
+            drain: Duration::ZERO,
+            most_after,
+        };
+        let (to, mut sent) = mpsc::channel(100);
+        copy_out(&source, Some(1), &to, &Pool::new(100, 1000), end).await;
+        drop(to);
+        let mut bytes = 0;
+        while let Some(Send::Data(1, chunk)) = sent.recv().await {
+            bytes += chunk.len();
+        }
+        bytes
+    }
+
+    #[tokio::test]
+    async fn after_the_drain_time_an_output_is_read_until_it_is_empty_or_until_enough() {
+        assert_eq!(read_after_exit(40_000, 1 << 20).await, 40_000);
+        // one chunk before the time is looked at
+        assert_eq!(read_after_exit(40_000, 5_500).await, 1000 + 5_500);
+        assert_eq!(read_after_exit(0, 1 << 20).await, 0);
+    }
 }

@@ -218,6 +218,12 @@ impl Chunk {
         self
     }
 
+    /// How much is data.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.length
+    }
+
     fn payload(&self) -> &[u8] {
         &self.buffer[HEADROOM..HEADROOM + self.length]
     }

@@ -17,6 +17,7 @@ use coracle_integration::cluster::{Cluster, Programs};
 use coracle_integration::daemon::Daemon;
 use coracle_integration::image::busybox_layout;
 use coracle_integration::leaks;
+use serde_json::json;
 
 /// What a test is given.
 pub(crate) struct Scene<'a> {
@@ -68,16 +69,39 @@ fn main() -> ExitCode {
     }
 }
 
+/// With the reference plugins, as `CORACLE_CNI_BIN` says where they are; else with the bridge of our own.
+fn start_daemon(cell: &Cell) -> Result<Daemon> {
+    let Some(bin) = std::env::var_os("CORACLE_CNI_BIN") else {
+        println!("    pods are on the built-in bridge");
+        return Daemon::start(cell, None);
+    };
+    let conf = cell.subdir("net.d")?;
+    let network = json!({"cniVersion": "1.0.0", "name": "cluster", "plugins": [
+        {"type": "ptp", "ipMasq": false,
+         "ipam": {"type": "host-local", "dataDir": cell.dir().join("ipam"), "ranges": [[{"subnet": "10.222.0.0/16"}]],
+                  "routes": [{"dst": "0.0.0.0/0"}]}},
+        {"type": "portmap", "capabilities": {"portMappings": true}, "snat": true},
+    ]});
+    std::fs::write(conf.join("10-cluster.conflist"), network.to_string())?;
+    println!("    pods are connected by the plugins ptp, host-local and portmap");
+    Daemon::start_with_plugins(cell, &conf, bin.as_ref())
+}
+
 /// Runs the tests; the names of those that failed.
 fn run(programs: &Programs, wanted: &[Case]) -> Result<Vec<&'static str>> {
     let begun = Instant::now();
     let cell = Cell::new("cluster")?;
     let before = leaks::snapshot(&cell)?;
     let layout = busybox_layout(cell.dir(), "app", "app:1")?;
-    let daemon = Daemon::start(&cell, None)?;
+    let daemon = start_daemon(&cell)?;
     let image = daemon.import(&cell, &layout, "test.example/app:1")?;
-    let mut cluster = Cluster::start(&cell, programs, &daemon)?;
-    cluster.start_services()?;
+    let mut cluster = Cluster::start(&cell, programs, &daemon.socket())?;
+    let with_services = services::ALL
+        .iter()
+        .any(|(service, _)| wanted.iter().any(|(name, _)| name == service));
+    if with_services {
+        cluster.start_services()?;
+    }
     println!(
         "    the cluster is up after {:.0} s",
         begun.elapsed().as_secs_f64()
@@ -116,8 +140,10 @@ fn run(programs: &Programs, wanted: &[Case]) -> Result<Vec<&'static str>> {
     scene.cluster.stop()?;
     scene.daemon.terminate()?;
     leaks::remove_kubelet_cgroups(&cell)?;
-    // What the proxy leaves is its own.
-    cell.sh("nft delete table ip kube-proxy; nft delete table ip6 kube-proxy 2>/dev/null || true")?;
+    if with_services {
+        // What the proxy leaves is its own.
+        cell.sh("nft delete table ip kube-proxy; nft delete table ip6 kube-proxy 2>/dev/null || true")?;
+    }
     leaks::check(&before, &leaks::snapshot(&cell)?).context("after all tests")?;
     cell.check_host_sysctls()?;
     Ok(failed)

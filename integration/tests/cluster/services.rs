@@ -15,6 +15,10 @@ pub(crate) const ALL: &[Case] = &[
         a_service_is_reached_through_a_rollout,
     ),
     ("probes_decide", probes_decide),
+    (
+        "a_port_of_the_node_leads_to_a_pod",
+        a_port_of_the_node_leads_to_a_pod,
+    ),
 ];
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -102,6 +106,29 @@ fn probes_decide(scene: &mut Scene<'_>) -> Result<()> {
     let last = &container_status(&pod, "main")["lastState"]["terminated"];
     ensure!(last["exitCode"] == 137 || last["exitCode"] == 143, "{last}");
     Ok(())
+}
+
+/// `hostPort`: reached at the node's address and at its loopback address, and gone with the pod.
+fn a_port_of_the_node_leads_to_a_pod(scene: &mut Scene<'_>) -> Result<()> {
+    let script = "mkdir /tmp/www; echo from-the-pod >/tmp/www/index.html; exec httpd -f -p 8080 -h /tmp/www";
+    let mut web = pod("ported", &scene.image, script);
+    web["spec"]["containers"][0]["ports"] = json!([{"containerPort": 8080, "hostPort": 18080}]);
+    web["spec"]["containers"][0]["readinessProbe"] = json!({"tcpSocket": {"port": 8080}, "periodSeconds": 1});
+    scene.cluster.apply(&[web])?;
+    scene.cluster.wait_pod("ported", "to be ready", is_ready)?;
+    for address in ["192.0.2.10", "127.0.0.1"] {
+        let answer = scene
+            .cell
+            .sh(&format!("curl -sf -m 10 http://{address}:18080/"))?;
+        ensure!(answer == "from-the-pod\n", "{address}: {answer:?}");
+    }
+    scene
+        .cluster
+        .run(&["delete", "pod", "ported", "--grace-period=1"])?;
+    wait_for("the port to be closed", MINUTE, || {
+        let open = scene.cell.sh("curl -sf -m 5 http://192.0.2.10:18080/").is_ok();
+        Ok((!open).then_some(()))
+    })
 }
 
 /// A command in the pod's container, by the kubelet's own door.

@@ -222,7 +222,10 @@ async fn what_a_crash_interrupts_is_taken_down_by_the_next_daemon() -> Result<()
 
     // An ADD that is under way does not go on behind the next daemon's DEL.
     fs::write(place.path("hang"), "")?;
-    let hanging = eventually(async || Ok(drop(fs::metadata(place.path("hanging"))?)));
+    let hanging = eventually(async || {
+        fs::metadata(place.path("hanging"))?;
+        Ok(())
+    });
     tokio::select! {
         answer = node.run_pod(&config) => anyhow::bail!("it did not hang: {answer:?}"),
         hangs = hanging => hangs?,

@@ -6,7 +6,8 @@ use anyhow::{Context as _, Result, ensure};
 use coracle_integration::image::ImageSpec;
 use coracle_integration::{Node, Options, leaks, request, stretched};
 use coracle_kernel::signal::{self, Signal};
-use coracle_proto::cri::{ContainerState, PodSandboxState};
+use coracle_proto::cri::{self, ContainerState, PodSandboxState, PullImageRequest};
+use tokio::io::AsyncReadExt as _;
 
 use crate::support::{eventually, join_all, monitor_of};
 
@@ -18,7 +19,54 @@ crate::tests![
     status_and_list_are_quick_whatever_hangs,
     churn_leaves_nothing,
     the_cgroup_of_the_workers_is_made_anew,
+    a_pull_ends_with_its_deadline,
 ];
+
+/// A registry that takes the connection and says nothing holds a pull up for no longer than its caller waits.
+async fn a_pull_ends_with_its_deadline() -> Result<()> {
+    let registry = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await?;
+    let host = registry.local_addr()?.to_string();
+    let certs = tempfile::tempdir()?;
+    std::fs::create_dir(certs.path().join(&host))?;
+    std::fs::write(
+        certs.path().join(&host).join("hosts.toml"),
+        format!("server = \"http://{host}\"\n"),
+    )?;
+    let node = Node::start(Options {
+        config: format!("[image]\ncerts_dir = {:?}\n", certs.path()),
+        ..Options::default()
+    })
+    .await?;
+    let mut request = tonic::Request::new(PullImageRequest {
+        image: Some(cri::ImageSpec {
+            image: format!("{host}/silent:1"),
+            ..Default::default()
+        }),
+        ..Default::default()
+    });
+    request.set_timeout(Duration::from_secs(2));
+    let begun = Instant::now();
+    let mut images = node.image();
+    let (answer, held) = tokio::join!(images.pull_image(request), registry.accept());
+    let error = answer.map(drop).unwrap_err();
+    let took = begun.elapsed();
+    ensure!(
+        took >= Duration::from_secs(2) && took < stretched(Duration::from_secs(20)),
+        "{took:?}: {error}"
+    );
+    ensure!(
+        matches!(
+            error.code(),
+            tonic::Code::DeadlineExceeded | tonic::Code::Cancelled
+        ),
+        "{error:?}"
+    );
+    // The worker's connection closes: nobody works on it any more.
+    let (mut held, _) = held?;
+    let mut rest = Vec::new();
+    tokio::time::timeout(stretched(Duration::from_secs(10)), held.read_to_end(&mut rest)).await??;
+    node.finish().await
+}
 
 async fn the_death_of_a_monitor_is_noticed_within_a_second() -> Result<()> {
     let node = Node::with_busybox(Options::default()).await?;

@@ -7,6 +7,7 @@
 
 mod cni;
 mod containers;
+mod crictl;
 mod exec;
 mod faults;
 mod hostile;
@@ -15,6 +16,7 @@ mod lists;
 mod logs;
 mod monitors;
 mod mutations;
+mod namespaces;
 mod network;
 mod oracle;
 mod pods;
@@ -93,10 +95,12 @@ fn main() -> ExitCode {
         .collect();
     let all = [
         pods::all(),
+        namespaces::all(),
         containers::all(),
         stop::all(),
         lists::all(),
         exec::all(),
+        crictl::all(),
         logs::all(),
         hostile::all(),
         mutations::all(),

@@ -183,6 +183,18 @@ pub fn set_send_buffer(socket: impl AsFd, bytes: usize) -> Result<()> {
     })
 }
 
+/// Sets a send buffer of `bytes`, which the kernel doubles, whatever its limit is: the right of CAP_NET_ADMIN.
+pub fn force_send_buffer(socket: impl AsFd, bytes: usize) -> Result<()> {
+    let socket = socket.as_fd();
+    net::sockopt::set_socket_send_buffer_size_force(socket, bytes).map_err(|e| {
+        Error::new(
+            "setsockopt",
+            format!("{}, SO_SNDBUFFORCE, {bytes}", number(socket)),
+            e.into(),
+        )
+    })
+}
+
 /// Ends one direction or both: `connect`ed peers see the end of file.
 pub fn shutdown(socket: impl AsFd) -> Result<()> {
     let socket = socket.as_fd();

@@ -1,6 +1,6 @@
 //! Requests to netfilter: attributes, transactions of nf_tables, dumps.
 
-use coracle_kernel::{Errno, Error, Result};
+use coracle_kernel::{Errno, Error, Result, scm};
 use netlink_packet_core::{
     DecodeError, DefaultNla, Emitable as _, NLA_F_NESTED, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST,
     NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload,
@@ -15,11 +15,13 @@ use crate::netlink::{RECEIVE_BYTES, ended, messages, open_socket, receive, send}
 
 /// `NFNL_SUBSYS_NFTABLES`, in the resource field of a batch's first and last message.
 const NF_TABLES: u16 = 10;
+/// What fits the send buffer of every kernel.
+const SEND_BYTES: usize = 64 << 10;
 /// The bytes of a message's header that come before its attributes.
 const HEADER_BYTES: usize = 4;
 
 /// An address family as netfilter numbers them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Family {
     V4,
     V6,
@@ -120,6 +122,14 @@ pub(super) fn batch(requests: Vec<Request>) -> Result<()> {
         append(&mut buffer, request.into_message(), flags, expected);
     }
     append(&mut buffer, control(ControlMessage::BatchEnd), 0, 0);
+    // A transaction is one datagram, and one that does not fit the buffer is refused: by default a thousand ports.
+    if buffer.len() > SEND_BYTES {
+        scm::force_send_buffer(&socket, buffer.len())?;
+    }
+    // Refusals need not repeat what they refuse: many of them would not fit the other buffer.
+    socket
+        .set_cap_ack(true)
+        .map_err(|error| Error::from_io("setsockopt", what(), &error))?;
     send(&socket, &buffer, &what)?;
 
     // Every message is answered, also when the transaction fails; the first refusal is its reason. A refusal of the

@@ -41,9 +41,13 @@ impl Rules {
         }
     }
 
-    /// Makes the tables where they are missing or not as they should be; `anew` in every case.
+    /// Makes the tables where they are missing or not as they should be; `anew` in every case. Without pods there are
+    /// none: whoever repairs them may come after the last pod has gone.
     pub(super) fn ensure(&self, plan: Plan, anew: bool) -> Result<()> {
         let _turn = lock(&self.turn);
+        if lock(&self.pool).is_empty() {
+            return Ok(());
+        }
         if !anew && self.intact(plan).unwrap_or(false) {
             return Ok(());
         }
@@ -119,7 +123,7 @@ impl Rules {
             Err(TryLockError::WouldBlock) => return true,
         };
         // What cannot even be asked for cannot be repaired either: the trouble is told of already.
-        if self.intact(plan).unwrap_or(true) {
+        if lock(&self.pool).is_empty() || self.intact(plan).unwrap_or(true) {
             return true;
         }
         // Without the guard.

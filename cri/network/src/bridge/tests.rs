@@ -632,6 +632,23 @@ fn a_table_that_somebody_removed_is_made_again() {
 }
 
 #[test]
+fn who_repairs_a_table_after_the_last_pod_has_gone_makes_none() {
+    isolated(|| {
+        let book = Arc::new(Book::default());
+        let network = network(&book);
+        attach(&network, "last", &[port(Protocol::Tcp, 8080, "")]);
+        let made_for = lock(&network.bridge.state).plan.unwrap();
+        network.detach("last").unwrap();
+        assert!(
+            network.bridge.rules.watch(made_for),
+            "that they are gone is as it should be"
+        );
+        network.bridge.rules.ensure(made_for, false).unwrap();
+        assert!(!tables().contains("coracle"), "{}", tables());
+    });
+}
+
+#[test]
 fn a_host_without_ipv6_connects_pods_by_ipv4_and_says_so() {
     isolated(|| {
         let book = Arc::new(Book::default());
@@ -811,5 +828,63 @@ fn many_pods_with_ports_come_and_go_in_good_time() {
         assert!(attached + started.elapsed() < Duration::from_secs(60));
         assert_eq!((links(), pins()), (vec!["near".to_owned()], vec![]));
         assert!(!tables().contains("coracle"), "{}", tables());
+    });
+}
+
+#[test]
+fn as_many_ports_as_a_pod_may_have_are_opened_and_made_again() {
+    isolated(|| {
+        let far = Machine::far();
+        let book = Arc::new(Book::default());
+        let first = network(&book);
+        // As long as real ones are: the id is a part of each element.
+        let id = "f".repeat(64);
+        let ports: Vec<_> = (1..=4096).map(|number| port(Protocol::Tcp, number, "")).collect();
+        let pod = attach(&first, &id, &ports);
+        let reached = || inside(&far.namespace, || dial(&pod.namespace, (HOST, 4096)));
+        assert_eq!(reached().unwrap(), FAR);
+        assert_eq!(elements(&first), 8192);
+        assert_eq!(findings(&first), "[]");
+        drop(first);
+
+        let second = network(&book);
+        second.bridge.rules.remove().unwrap();
+        second.sweep(|_| true).unwrap();
+        assert_eq!(findings(&second), "[]");
+        assert_eq!(reached().unwrap(), FAR);
+        second.detach(&id).unwrap();
+        assert!(!tables().contains("coracle"), "{}", tables());
+    });
+}
+
+#[test]
+fn udp_flows_of_many_ports_are_forgotten_in_good_time() {
+    isolated(|| {
+        let far = Machine::far();
+        let book = Arc::new(Book::default());
+        let network = network(&book);
+        let keep = attach(&network, "keep", &[]);
+        let ports: Vec<_> = (1000..5096)
+            .map(|number| port(Protocol::Udp, number, ""))
+            .collect();
+        let client = inside(&far.namespace, || UdpSocket::bind((ip(FAR), 4000)).unwrap());
+        let started = Instant::now();
+        for pod in ["one", "two"] {
+            let attached = attach(&network, pod, &ports);
+            for to in [1000, 5095] {
+                assert_eq!(
+                    ask(&attached.namespace, &client, (HOST, to)).unwrap(),
+                    FAR,
+                    "{pod}"
+                );
+            }
+            network.detach(pod).unwrap();
+        }
+        assert!(
+            started.elapsed() < Duration::from_secs(20),
+            "{:?}",
+            started.elapsed()
+        );
+        drop(keep);
     });
 }

@@ -66,6 +66,9 @@ pub struct CniRecord {
     /// What the last plugin answered; none as long as the pod is not connected.
     #[serde(default)]
     pub result: Option<Value>,
+    /// What the last plugin before the one that failed answered: plugins find what they made by it.
+    #[serde(default)]
+    pub partial: Option<Value>,
 }
 
 /// The plugins' side of the pods' networks.
@@ -150,11 +153,28 @@ impl CniNetwork {
             capabilities,
             bin_dirs: self.config.bin_dirs.clone(),
             result: None,
+            partial: None,
         })
     }
 
-    /// Runs ADD through the chain; what the last plugin answered.
-    pub(crate) fn add(&self, pod: &str, record: &CniRecord, netns: &Path) -> Result<Value, CniError> {
+    /// Runs ADD through the chain; what the last plugin answered is on the record then, also after a failure.
+    pub(crate) fn add(&self, pod: &str, record: &mut CniRecord, netns: &Path) -> Result<(), CniError> {
+        let mut previous = None;
+        let added = self.add_each(pod, record, netns, &mut previous);
+        match added {
+            Ok(()) => record.result = previous,
+            Err(_) => record.partial = previous,
+        }
+        added
+    }
+
+    fn add_each(
+        &self,
+        pod: &str,
+        record: &CniRecord,
+        netns: &Path,
+        previous: &mut Option<Value>,
+    ) -> Result<(), CniError> {
         let chain = record.chain()?;
         let _gate = self.gate.read().unwrap_or_else(PoisonError::into_inner);
         let deadline = Deadline::after(self.config.timeout);
@@ -163,7 +183,7 @@ impl CniNetwork {
             record,
             netns: Some(netns),
         };
-        let mut previous = None;
+        let mut ips = Vec::new();
         for plugin in &chain.plugins {
             let answer = self.run(Command::Add, &chain, plugin, place, previous.as_ref(), deadline)?;
             let rubbish = |why| CniError::Rubbish {
@@ -172,18 +192,16 @@ impl CniNetwork {
             };
             let result = result::parse(&answer, chain.version).map_err(rubbish)?;
             // Checked for each: it is the one plugin's fault and not the last one's.
-            result::addresses(&result, chain.version, &record.interface).map_err(rubbish)?;
-            previous = Some(result);
+            ips = result::addresses(&result, chain.version, &record.interface).map_err(rubbish)?;
+            *previous = Some(result);
         }
-        let none = || CniError::NoAddress {
-            network: chain.name.clone(),
-            interface: record.interface.clone(),
-        };
-        let result = previous.ok_or_else(none)?;
-        match result::addresses(&result, chain.version, &record.interface) {
-            Ok(ips) if !ips.is_empty() => Ok(result),
-            _ => Err(none()),
+        if ips.is_empty() {
+            return Err(CniError::NoAddress {
+                network: chain.name.clone(),
+                interface: record.interface.clone(),
+            });
         }
+        Ok(())
     }
 
     /// Runs DEL through the chain, backwards. `netns` is none where the namespace is gone.
@@ -193,7 +211,8 @@ impl CniNetwork {
         let deadline = Deadline::after(self.config.timeout);
         let place = Place { pod, record, netns };
         // As libraries of other runtimes have it: earlier versions did not know of it.
-        let previous = record.result.as_ref().filter(|_| chain.version >= Version::V040);
+        let previous = record.result.as_ref().or(record.partial.as_ref());
+        let previous = previous.filter(|_| chain.version >= Version::V040);
         for plugin in chain.plugins.iter().rev() {
             match self.run(Command::Del, &chain, plugin, place, previous, deadline) {
                 Ok(_)
@@ -317,4 +336,4 @@ fn path() -> String {
 #[cfg(test)]
 mod reference_tests;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

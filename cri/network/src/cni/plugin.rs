@@ -1,7 +1,8 @@
 //! One run of one plugin: a program with a fixed name, an environment from nothing, its request on standard input.
 //!
 //! The program leads a session of its own. What it answers is bounded, and so is its time: past either bound its whole
-//! process group is killed; it does not outlive the daemon either. What it leaves running in the background when it has ended is not waited for.
+//! process group is killed. It does not outlive the daemon either, but what it has started may. What it leaves running
+//! in the background when it has ended is not waited for.
 
 use std::ffi::CString;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -228,6 +229,10 @@ impl Binary {
                 words: words.join(": ").chars().take(ERROR_CHARS).collect(),
             });
         }
+        // Plugins that are scripts often complain where their answer should be.
+        let complaint = String::from_utf8_lossy(answer.get(..SAID_BYTES).unwrap_or(&answer));
+        let said = Some(said).filter(|said| !said.is_empty());
+        let said = said.unwrap_or(complaint.trim());
         let how = match status {
             Status::Exited(code) => format!("ended with status {code}"),
             Status::Signaled(number) => format!("was killed by signal {number}"),

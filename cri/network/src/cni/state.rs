@@ -34,8 +34,20 @@ pub(super) struct State {
     pub(super) pod_cidrs: Vec<String>,
     /// The configuration whose plugins have been told which pods there are.
     collected: Option<String>,
+    /// How many times reading the directory was begun, and which of them this is what was read.
+    begun: u64,
+    read: u64,
     /// When all of this is to be looked over again.
     due: Option<Instant>,
+}
+
+/// What was read of the configuration directory.
+struct Read {
+    /// The how many-th time.
+    number: u64,
+    loaded: Result<Loaded, KernelError>,
+    /// The plugin that is not there.
+    missing: Option<String>,
 }
 
 impl State {
@@ -141,7 +153,15 @@ impl CniNetwork {
 
     /// Reads the configuration directory; what is in force from now on.
     pub(super) fn reload(&self) -> Option<(PathBuf, Chain)> {
-        let dir = self.config.conf_dir.display();
+        self.put_in_force(self.read())
+    }
+
+    fn read(&self) -> Read {
+        let number = {
+            let mut state = lock(&self.state);
+            state.begun += 1;
+            state.begun
+        };
         let loaded = conf::load(&self.config.conf_dir);
         let missing = loaded.as_ref().ok().and_then(|loaded| {
             let (file, chain) = loaded.network.as_ref()?;
@@ -149,7 +169,26 @@ impl CniNetwork {
             let error = plugins.find_map(|plugin| Binary::find(&plugin.kind, &self.config.bin_dirs).err())?;
             Some(format!("{}: {}", file.display(), chain_text(&error)))
         });
+        Read {
+            number,
+            loaded,
+            missing,
+        }
+    }
+
+    fn put_in_force(&self, read: Read) -> Option<(PathBuf, Chain)> {
+        let Read {
+            number,
+            loaded,
+            missing,
+        } = read;
+        let dir = self.config.conf_dir.display();
         let mut state = lock(&self.state);
+        // Several may read at once: what was read from an older directory must not come after.
+        if number < state.read {
+            return state.network.clone();
+        }
+        state.read = number;
         let before = state.network.take();
         state.findings.clear();
         let Loaded { network, bad } = match loaded {
@@ -256,4 +295,24 @@ fn replace(file: &Path, text: &str) -> Result<(), CniError> {
         path: file.to_owned(),
         source,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::CniConfig;
+
+    #[test]
+    fn what_was_read_earlier_does_not_come_into_force_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let network = CniNetwork::new(CniConfig {
+            conf_dir: dir.path().to_owned(),
+            ..CniConfig::default()
+        });
+        let early = network.read();
+        std::fs::write(dir.path().join("1.conf"), r#"{"name":"net","type":"x"}"#).unwrap();
+        assert!(network.reload().is_some());
+        assert!(network.put_in_force(early).is_some());
+        assert!(lock(&network.state).network.is_some());
+    }
 }

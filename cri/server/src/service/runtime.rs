@@ -37,7 +37,10 @@ impl RuntimeService for Runtime {
     }
 
     async fn status(&self, request: Request<v1::StatusRequest>) -> Answer<v1::StatusResponse> {
-        let network = self.0.network.status();
+        // It asks the kernel for sysctls and rules.
+        let network = self.0.network.clone();
+        let network = tokio::task::spawn_blocking(move || network.status()).await;
+        let network = network.map_err(|error| Status::internal(chain(&error)))?;
         let conditions = vec![
             condition("RuntimeReady", None),
             condition(

@@ -17,44 +17,99 @@ use serde_json::json;
 
 use crate::sample::{Row, Sample, print_rows};
 
-const IMAGE: &str = "bench.example/busybox:1";
+pub(crate) const IMAGE: &str = "bench.example/busybox:1";
 const ROUNDS: usize = 30;
 
-/// Takes and prints the figures.
+/// A CRI server of the comparison.
+struct Target {
+    name: &'static str,
+    client: Client,
+    logs: PathBuf,
+}
+
+/// Takes and prints the figures: with our own bridge, and with the peer's plugins on both sides.
 pub(crate) fn run() -> Result<()> {
     let ours = Cell::new("bench-coracle")?;
     let layout = busybox_layout(ours.dir(), "busybox", IMAGE)?;
     let daemon = Daemon::start(&ours, None)?;
     daemon.import(&ours, &layout, IMAGE)?;
+    let plugged = Cell::new("bench-plugins")?;
+    let plugins = program("CNI_PLUGINS");
+    let with_plugins = plugins
+        .map(|plugins| -> Result<Daemon> {
+            let conf = write_network(&plugged)?;
+            let daemon = Daemon::start_with_plugins(&plugged, &conf, &plugins)?;
+            daemon.import(&plugged, &layout, IMAGE)?;
+            Ok(daemon)
+        })
+        .transpose()?;
     let theirs = Cell::new("bench-containerd")?;
     let peer = Containerd::start(&theirs, &layout)?;
-    let mut targets = vec![("coracled", daemon.client()?, ours.subdir("logs")?)];
+    let target = |name, client, cell: &Cell| {
+        Ok::<_, anyhow::Error>(Target {
+            name,
+            client,
+            logs: cell.subdir("logs")?,
+        })
+    };
+    let mut targets = vec![target("coracled", daemon.client()?, &ours)?];
     if let Some(peer) = &peer {
-        targets.push((
+        targets.push(target(
             "containerd+runc",
             Client::connect(&peer.socket)?,
-            theirs.subdir("logs")?,
-        ));
+            &theirs,
+        )?);
     }
+    if let Some(daemon) = &with_plugins {
+        targets.push(target(
+            "coracled with the same plugin",
+            daemon.client()?,
+            &plugged,
+        )?);
+    }
+    let mut rows = measure(&targets)?;
+    // Ours with the plugin is no peer of ours without it: a line of its own.
+    if let Some(row) = rows.first_mut()
+        && row.samples.len() == 3
+    {
+        let samples = vec![row.samples.swap_remove(2), row.samples[1].clone()];
+        let same_plugin = Row {
+            operation: "RunPodSandbox with the same CNI plugin",
+            samples,
+            target: Some(0.5),
+        };
+        rows.insert(1, same_plugin);
+    }
+    for row in &mut rows {
+        row.samples.truncate(2);
+    }
+    print_rows(&rows);
+    daemon.terminate()?;
+    if let Some(daemon) = with_plugins {
+        daemon.terminate()?;
+    }
+    peer.map_or(Ok(()), Containerd::stop)
+}
+
+fn measure(targets: &[Target]) -> Result<Vec<Row>> {
     let operations = [
-        ("RunPodSandbox", None),
+        ("RunPodSandbox", Some(0.15)),
         ("CreateContainer + StartContainer", None),
         ("RunPodSandbox + CreateContainer + StartContainer", Some(0.25)),
-        ("ExecSync", Some(0.25)),
+        ("ExecSync", Some(0.1)),
         ("StopPodSandbox + RemovePodSandbox", None),
     ];
-    let mut rows: Vec<Row> = operations
-        .map(|(operation, target)| Row {
-            operation,
-            samples: targets
-                .iter()
-                .map(|(name, ..)| (*name, Sample::default()))
-                .collect(),
-            target,
-        })
-        .into();
+    let row = |(operation, wanted)| Row {
+        operation,
+        samples: targets
+            .iter()
+            .map(|target| (target.name, Sample::default()))
+            .collect(),
+        target: wanted,
+    };
+    let mut rows: Vec<Row> = operations.map(row).into();
     for round in 0..=ROUNDS {
-        for (n, (_, client, logs)) in targets.iter().enumerate() {
+        for (n, target) in targets.iter().enumerate() {
             // The first round fills caches and is not counted.
             let mut warm_up: Vec<Sample> = vec![Sample::default(); operations.len()];
             let mut samples: Vec<&mut Sample> = if round == 0 {
@@ -62,19 +117,10 @@ pub(crate) fn run() -> Result<()> {
             } else {
                 rows.iter_mut().map(|row| &mut row.samples[n].1).collect()
             };
-            one_pod(client, logs, round, &mut samples)?;
+            one_pod(&target.client, &target.logs, round, &mut samples)?;
         }
     }
-    print_rows(&rows);
-    daemon.terminate()?;
-    if let Some(peer) = peer {
-        peer.process.terminate()?;
-        // Its group above the pods' it leaves behind, empty; one that is not is somebody else's.
-        for hierarchy in fs::read_dir("/sys/fs/cgroup")?.flatten() {
-            let _ = fs::remove_dir(hierarchy.path().join("k8s.io"));
-        }
-    }
-    Ok(())
+    Ok(rows)
 }
 
 fn one_pod(client: &Client, logs: &Path, round: usize, samples: &mut [&mut Sample]) -> Result<()> {
@@ -112,13 +158,14 @@ fn confined(mut container: ContainerConfig) -> ContainerConfig {
 }
 
 /// containerd with runc and the bridge plugin, from their Go modules.
-struct Containerd {
+pub(crate) struct Containerd {
     process: Process,
-    socket: PathBuf,
+    pub(crate) socket: PathBuf,
 }
 
 impl Containerd {
-    fn start(cell: &Cell, layout: &Path) -> Result<Option<Self>> {
+    /// Starts it with an image; none, said loudly, where a program is missing.
+    pub(crate) fn start(cell: &Cell, layout: &Path) -> Result<Option<Self>> {
         let (Some(containerd), Some(ctr), Some(runc), Some(plugins)) = (
             program("CONTAINERD"),
             program("CTR"),
@@ -129,12 +176,7 @@ impl Containerd {
         };
         let dir = cell.subdir("containerd")?;
         let socket = dir.join("containerd.sock");
-        fs::create_dir_all(dir.join("net.d"))?;
-        let network = json!({"cniVersion": "1.0.0", "name": "bench", "plugins": [{
-            "type": "bridge", "bridge": "bench0", "isGateway": true, "ipMasq": false,
-            "ipam": {"type": "host-local", "dataDir": dir.join("ipam"), "ranges": [[{"subnet": "10.223.0.0/16"}]]},
-        }]});
-        fs::write(dir.join("net.d/10-bench.conflist"), network.to_string())?;
+        let conf = write_network(cell)?;
         let config = format!(
             r#"version = 3
 root = "{dir}/root"
@@ -148,13 +190,14 @@ sandbox = "bench.example/pause:1"
 restrict_oom_score_adj = true
 [plugins."io.containerd.cri.v1.runtime".cni]
 bin_dirs = ["{plugins}"]
-conf_dir = "{dir}/net.d"
+conf_dir = "{conf}"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
 runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
 BinaryName = "{runc}"
 "#,
             dir = dir.display(),
+            conf = conf.display(),
             socket = socket.display(),
             plugins = plugins.display(),
             runc = runc.display(),
@@ -191,6 +234,32 @@ BinaryName = "{runc}"
         }
         Ok(Some(Self { process, socket }))
     }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Ends it.
+    pub(crate) fn stop(self) -> Result<()> {
+        self.process.terminate()?;
+        // Its group above the pods' it leaves behind, empty; one that is not is somebody else's.
+        for hierarchy in fs::read_dir("/sys/fs/cgroup")?.flatten() {
+            let _ = fs::remove_dir(hierarchy.path().join("k8s.io"));
+        }
+        Ok(())
+    }
+}
+
+/// The network of the comparison: the bridge plugin, and where its configuration is.
+fn write_network(cell: &Cell) -> Result<PathBuf> {
+    let conf = cell.subdir("net.d")?;
+    let network = json!({"cniVersion": "1.0.0", "name": "bench", "plugins": [{
+        "type": "bridge", "bridge": "bench0", "isGateway": true, "ipMasq": false,
+        "ipam": {"type": "host-local", "dataDir": cell.dir().join("ipam"), "ranges": [[{"subnet": "10.223.0.0/16"}]]},
+    }]});
+    fs::write(conf.join("10-bench.conflist"), network.to_string())?;
+    Ok(conf)
 }
 
 fn pause_layout(scratch: &Path) -> Result<PathBuf> {

@@ -1,9 +1,11 @@
 //! Figures of speed and memory, as ratios against the real peers in the same run: `cargo xtask bench` starts it.
 //!
-//! Programs come from the environment: `CORACLE`, `CORACLED`, `RUNC`, `CRUN`, `CONTAINERD`, `CTR`, `CNI_PLUGINS`; a
-//! peer that is missing is said so, and its rows are left out.
+//! Programs come from the environment: `CORACLE`, `CORACLED`, `RUNC`, `CRUN`, `CONTAINERD`, `CTR`, `CNI_PLUGINS`,
+//! `STREAMER` and those of a cluster; a peer that is missing is said so, and its rows are left out.
 
+mod cluster;
 mod cri;
+mod forward;
 mod memory;
 mod oci;
 mod sample;
@@ -21,13 +23,17 @@ fn main() -> Result<()> {
         [] => {
             oci::run()?;
             cri::run()?;
-            memory::run()
+            forward::run()?;
+            memory::run()?;
+            cluster::run()
         }
         ["oci"] => oci::run(),
         [oci::INNER, scratch] => oci::measure(scratch.as_ref()),
         ["cri"] => cri::run(),
+        ["forward"] => forward::run(),
         ["memory"] => memory::run(),
-        other => bail!("unknown arguments {other:?}: nothing, oci, cri or memory"),
+        ["cluster"] => cluster::run(),
+        other => bail!("unknown arguments {other:?}: nothing, oci, cri, forward, memory or cluster"),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use coracle_integration::cell::Cell;
@@ -14,6 +15,7 @@ use crate::sample::print_size;
 
 const IMAGE: &str = "bench.example/busybox:1";
 const PODS: usize = 50;
+const EXECS: usize = 1000;
 
 /// Runs fifty pods of two containers and reads the kernel's own figures.
 pub(crate) fn run() -> Result<()> {
@@ -24,7 +26,9 @@ pub(crate) fn run() -> Result<()> {
     let client = daemon.client()?;
     let logs = cell.subdir("logs")?;
     let mut pods = Vec::new();
-    let measured = fill(&client, &logs, &mut pods).and_then(|()| measure(daemon.pid()?));
+    let measured = fill(&client, &logs, &mut pods)
+        .and_then(|()| measure(daemon.pid()?))
+        .and_then(|()| grow(&client, daemon.pid()?));
     // Whatever has happened: pods outlive the daemon and us.
     for sandbox in pods {
         client.discard_pod(&sandbox)?;
@@ -70,6 +74,48 @@ fn measure(daemon: u32) -> Result<()> {
     );
     let figure = format!("memory of coracled with {PODS} pods (RSS)");
     print_size(&figure, daemon_kib, daemon_kib, "≤ 20480 KiB");
+    Ok(())
+}
+
+/// A thousand commands in one container, and what is held of them afterwards.
+fn grow(client: &Client, daemon: u32) -> Result<()> {
+    let sizes = || -> Result<(u64, u64)> {
+        let mut monitors_kib = 0;
+        for pid in monitors(daemon)? {
+            monitors_kib += field(Path::new(&format!("/proc/{pid}/smaps_rollup")), "Anonymous:")?;
+        }
+        Ok((
+            monitors_kib,
+            field(Path::new(&format!("/proc/{daemon}/status")), "VmRSS:")?,
+        ))
+    };
+    let containers = client.containers()?;
+    let container = &containers.first().context("there are containers")?.id;
+    let execs = |count| -> Result<()> {
+        for _ in 0..count {
+            client.exec(container, &["true"], Duration::from_secs(10))?;
+        }
+        Ok(())
+    };
+    // The first ones fill caches.
+    execs(20)?;
+    let before = sizes()?;
+    execs(EXECS)?;
+    let after = sizes()?;
+    let grown = |before: u64, after: u64| after.saturating_sub(before);
+    let (monitors, daemon) = (grown(before.0, after.0), grown(before.1, after.1));
+    print_size(
+        &format!("growth of all monitors by {EXECS} execs (Anonymous)"),
+        monitors,
+        monitors,
+        "0",
+    );
+    print_size(
+        &format!("growth of coracled by {EXECS} execs (RSS)"),
+        daemon,
+        daemon,
+        "0",
+    );
     Ok(())
 }
 

@@ -26,6 +26,7 @@ case "$mode" in
   refuse) echo '{"cniVersion":"1.0.0","code":11,"msg":"not now","details":"the reason"}'; exit 1 ;;
   unknown) echo '{"code":3,"msg":"never seen"}'; exit 1 ;;
   die) echo oops >&2; exit 3 ;;
+  complain) echo oops; exit 3 ;;
   kill) kill -9 $$ ;;
   hang) sleep 1000 & echo $! > DIR/sleeper; wait ;;
   rubbish) echo hello; exit 0 ;;
@@ -195,10 +196,23 @@ fn failure(outcome: crate::Result<impl Sized>) -> String {
     crate::chain_text(&outcome.err().unwrap())
 }
 
+/// Tries again what is due; what is taken down.
+fn retry_due(network: &Network) -> Vec<String> {
+    let mut pods = network.due(|_| false).pods;
+    pods.retain(|pod| network.retry(pod));
+    pods
+}
+
 /// Tries again until everything is taken down, each pod when it is due.
 #[allow(clippy::disallowed_methods, reason = "the pause is what the network asks for")]
-fn retry_until_done(network: &Network) {
-    while let Some(next) = network.retry_due().next {
-        std::thread::sleep(next);
+pub(crate) fn retry_until_done(network: &Network) {
+    loop {
+        retry_due(network);
+        let due = network.due(|_| false);
+        match due.next {
+            _ if !due.pods.is_empty() => {}
+            Some(next) => std::thread::sleep(next),
+            None => return,
+        }
     }
 }
