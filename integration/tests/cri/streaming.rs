@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use coracle_integration::stretched;
 
-use crate::streams::{Stage, TRANSPORTS, ended, expect, noise, run, sha256};
+use crate::streams::{Stage, TRANSPORTS, ended, expect, line_with, lines_of, noise, run, sha256};
 use crate::support::join_all;
 
 crate::tests![
@@ -20,6 +20,7 @@ crate::tests![
     what_was_written_before_the_exit_arrives,
     a_container_that_stops_ends_its_sessions,
     a_program_that_is_not_there_leaves_nothing,
+    commands_that_cannot_be,
     sessions_and_calls_leave_nothing,
 ];
 
@@ -46,13 +47,13 @@ async fn output_errors_and_exit_code_over_every_protocol() -> Result<()> {
         };
         let context = || format!("{transport} {protocol}");
         expect(&exec("echo out; echo err >&2").await?, "out\n", "err\n", 0).with_context(context)?;
+        if protocol == "v1" {
+            // Its clients end with the first stream that does, and may miss the error.
+            continue;
+        }
         let failed = exec("echo out; exit 3").await?;
-        // A client of the first version does not wait for output when it has an error.
-        ensure!(
-            failed.stdout == b"out\n" || protocol == "v1",
-            "{transport} {protocol}: {failed:?}"
-        );
-        if matches!(protocol, "v1" | "v2" | "v3") {
+        ensure!(failed.stdout == b"out\n", "{transport} {protocol}: {failed:?}");
+        if matches!(protocol, "v2" | "v3") {
             // Those have no codes; a text tells.
             let text = String::from_utf8_lossy(&failed.stderr);
             ensure!(
@@ -96,7 +97,7 @@ async fn a_terminal_has_sizes_and_one_output() -> Result<()> {
         return Ok(());
     };
     let script = "test -t 0 && test -t 1 && test -t 2 || exit 1\n\
-        until [ \"$(stty size)\" = '37 91' ]; do sleep 0.05; done\n\
+        until [ \"$(stty size 2>/dev/null)\" = '37 91' ]; do sleep 0.05; done\n\
         echo $TERM; echo err >&2; exit 5";
     let command = ["timeout", "20", "sh", "-c", script];
     let [spdy, websocket] = TRANSPORTS;
@@ -213,20 +214,23 @@ async fn children_that_hold_the_output_keep_it_two_seconds() -> Result<()> {
         return Ok(());
     };
     let before = stage.cost().await?;
+    // A session of its own, or the hangup of the terminal ends it.
+    let script = "setsid sh -c 'while :; do echo more; sleep 0.1; done' & sleep 0.3; echo done; exit 4";
     for transport in TRANSPORTS {
-        let begun = Instant::now();
-        let script = "(setsid sleep 6161) & (while :; do echo more; sleep 0.1; done) & echo done; exit 4";
-        let output = run(&mut stage.exec(&[transport], &["sh", "-c", script]).await?, b"").await?;
-        let took = begun.elapsed();
-        let text = String::from_utf8_lossy(&output.stdout);
-        ensure!(
-            text.contains("done\n") && output.status.code() == Some(4),
-            "{transport}: {output:?}"
-        );
-        ensure!(
-            (Duration::from_millis(1800)..stretched(Duration::from_millis(3500))).contains(&took),
-            "{transport}: {took:?}"
-        );
+        for flags in [&[transport][..], &[transport, "--tty"]] {
+            let begun = Instant::now();
+            let output = run(&mut stage.exec(flags, &["sh", "-c", script]).await?, b"").await?;
+            let took = begun.elapsed();
+            let text = String::from_utf8_lossy(&output.stdout);
+            ensure!(
+                text.contains("done") && output.status.code() == Some(4),
+                "{flags:?}: {output:?}"
+            );
+            ensure!(
+                (Duration::from_millis(2100)..stretched(Duration::from_millis(4000))).contains(&took),
+                "{flags:?}: {took:?}"
+            );
+        }
     }
     stage.settled(before).await?;
     stage.node.finish().await
@@ -274,9 +278,8 @@ async fn a_container_that_stops_ends_its_sessions() -> Result<()> {
         for flags in [&[transport][..], &[transport, "--tty", "--stdin"]] {
             let mut command = stage.exec(flags, &["sh", "-c", "echo here; sleep 1000"]).await?;
             let mut driver = command.stdin(Stdio::piped()).spawn()?;
-            let lines = driver.stdout.take().context("no output")?;
-            let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(lines));
-            crate::streams::line_with(&mut lines, "here").await?;
+            let mut lines = lines_of(driver.stdout.take())?;
+            line_with(&mut lines, "here").await?;
             drivers.push((driver, lines));
         }
     }
@@ -312,8 +315,44 @@ async fn a_program_that_is_not_there_leaves_nothing() -> Result<()> {
     failing(40).await?;
     let before = stage.cost().await?;
     failing(300).await?;
+    stage.unchanged(before).await?;
+    stage.node.finish().await
+}
+
+async fn commands_that_cannot_be() -> Result<()> {
+    let Some(stage) = Stage::start("commands", "sleep 1000").await? else {
+        return Ok(());
+    };
+    let before = stage.cost().await?;
+    let long = "x".repeat(300 << 10);
+    let many = vec!["word"; 60_000];
+    let commands: [&[&str]; 6] = [
+        &["echo", "a\0b"],
+        &["echo", &long],
+        &[""],
+        &["/"],
+        &["/etc/passwd/x"],
+        &[&["true"], &many[..]].concat(),
+    ];
+    for (number, command) in commands.into_iter().enumerate() {
+        for transport in TRANSPORTS {
+            // What cannot be run is refused by the call or by the session, with a text.
+            let output = match stage.exec(&[transport], command).await {
+                Ok(mut command) => run(&mut command, b"").await?,
+                Err(_) => continue,
+            };
+            let code = output.status.code();
+            let as_wanted = match number {
+                5 => matches!(code, Some(0 | 125)),
+                _ => code == Some(125) && !output.stderr.is_empty(),
+            };
+            let text = String::from_utf8_lossy(&output.stderr);
+            ensure!(as_wanted, "{number} {transport}: {code:?} {text}");
+        }
+    }
+    let output = run(&mut stage.exec(&[TRANSPORTS[0]], &["echo", "here"]).await?, b"").await?;
+    expect(&output, "here\n", "", 0)?;
     stage.settled(before).await?;
-    unchanged(&stage, before).await?;
     stage.node.finish().await
 }
 
@@ -347,18 +386,6 @@ async fn sessions_and_calls_leave_nothing() -> Result<()> {
         100
     })
     .await?;
-    stage.settled(before).await?;
-    unchanged(&stage, before).await?;
+    stage.unchanged(before).await?;
     stage.node.finish().await
-}
-
-/// Memory is what it was, but for what an allocator keeps.
-async fn unchanged(stage: &Stage, before: crate::streams::Cost) -> Result<()> {
-    let now = stage.cost().await?;
-    println!("    before {before:?}\n    after  {now:?}");
-    ensure!(
-        now.daemon_kib < before.daemon_kib + (2 << 10) && now.monitor_kib <= before.monitor_kib + 16,
-        "before {before:?}, now {now:?}"
-    );
-    Ok(())
 }

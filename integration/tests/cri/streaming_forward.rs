@@ -10,7 +10,10 @@ use coracle_proto::cri::NamespaceMode;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::streams::{Stage, converse, echo, ended, forward_url, listen_in, netns, noise, sha256, signal};
+use crate::streams::{
+    Stage, at_rest, converse, echo, ended, forward_url, line_with, lines_of, listen_in, netns, noise, sha256,
+    signal,
+};
 use crate::support::{eventually, join_all, namespace_options};
 
 crate::tests![
@@ -159,9 +162,8 @@ async fn a_port_that_is_closed_is_named() -> Result<()> {
 
 /// What a driver writes about what went wrong, up to the line that names a pod.
 async fn said(child: &mut tokio::process::Child) -> Result<String> {
-    let errors = child.stderr.take().context("no errors")?;
-    let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(errors));
-    crate::streams::line_with(&mut lines, "error forwarding port").await
+    let mut lines = lines_of(child.stderr.take())?;
+    line_with(&mut lines, "error forwarding port").await
 }
 
 async fn a_client_that_does_not_read_stops_its_server_alone() -> Result<()> {
@@ -194,7 +196,7 @@ async fn a_client_that_does_not_read_stops_its_server_alone() -> Result<()> {
                 got += socket.read(&mut buffer).await?;
             }
             signal(&forward.child, Signal::STOP)?;
-            let stuck = crate::streams::at_rest(|| Ok(sent.get())).await?;
+            let stuck = at_rest(|| Ok(sent.get())).await?;
             let now = stage.cost().await?;
             ensure!(
                 now.daemon_kib < before.daemon_kib + (32 << 10),

@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tonic::Code;
 
-use crate::streams::{Stage, TRANSPORTS, exec_url, expect, forward_url, line_with, noise, run};
+use crate::streams::{Stage, TRANSPORTS, exec_url, expect, forward_url, line_with, lines_of, noise, run};
 use crate::support::eventually;
 
 crate::tests![
@@ -333,8 +333,7 @@ async fn noise_at_the_port_disturbs_nobody() -> Result<()> {
         .exec(&[TRANSPORTS[1]], &["sh", "-c", script])
         .await?
         .spawn()?;
-    let lines = session.stdout.take().context("no output")?;
-    let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(lines));
+    let mut lines = lines_of(session.stdout.take())?;
     line_with(&mut lines, "tick 1").await?;
     let mut open = Vec::new();
     // More of them than may wait: those that say nothing, half a request, and bytes.

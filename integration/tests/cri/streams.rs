@@ -99,8 +99,8 @@ impl Stage {
     /// The driver that attaches and runs on; its output is there to be read.
     pub(crate) async fn attached(&self, flags: &[&str]) -> Result<(Child, Lines<BufReader<ChildStdout>>)> {
         let mut child = self.attach(flags).await?.stdin(Stdio::piped()).spawn()?;
-        let stdout = child.stdout.take().context("no output")?;
-        Ok((child, BufReader::new(stdout).lines()))
+        let lines = lines_of(child.stdout.take())?;
+        Ok((child, lines))
     }
 
     /// Forwards ports of the pod, in one session, from free ones of the host.
@@ -114,8 +114,7 @@ impl Stage {
         let mut command = self.driver("portforward", &[transport], url);
         command.args(ports.iter().map(|port| format!(":{port}")));
         let mut child = command.stdin(Stdio::piped()).spawn()?;
-        let stdout = child.stdout.take().context("no output")?;
-        let mut lines = BufReader::new(stdout).lines();
+        let mut lines = lines_of(child.stdout.take())?;
         let mut addresses = Vec::new();
         for _ in ports {
             let line = line_with(&mut lines, "Forwarding from ").await?;
@@ -163,6 +162,17 @@ impl Stage {
             Ok(())
         })
         .await
+    }
+
+    /// The same, and memory is what it was, but for what an allocator keeps.
+    pub(crate) async fn unchanged(&self, before: Cost) -> Result<()> {
+        self.settled(before).await?;
+        let now = self.cost().await?;
+        ensure!(
+            now.daemon_kib < before.daemon_kib + (2 << 10) && now.monitor_kib <= before.monitor_kib + 16,
+            "before {before:?}, now {now:?}"
+        );
+        Ok(())
     }
 
     /// What a command in the container writes, without a streaming session.
@@ -241,6 +251,11 @@ pub(crate) fn expect(output: &Output, stdout: &str, stderr: &str, code: i32) -> 
     Ok(())
 }
 
+/// What a driver writes, by lines.
+pub(crate) fn lines_of<R: AsyncRead>(output: Option<R>) -> Result<Lines<BufReader<R>>> {
+    Ok(BufReader::new(output.context("no such output")?).lines())
+}
+
 /// The next line with this text.
 pub(crate) async fn line_with<R: AsyncRead + Unpin>(
     lines: &mut Lines<BufReader<R>>,
@@ -288,6 +303,11 @@ pub(crate) fn process(arguments: &[&str]) -> Result<Option<i32>> {
 /// Bytes that a process has written so far.
 pub(crate) fn written(pid: i32) -> Result<u64> {
     field(&format!("/proc/{pid}/io"), "wchar:")
+}
+
+/// Bytes that a process has read so far.
+pub(crate) fn taken(pid: i32) -> Result<u64> {
+    field(&format!("/proc/{pid}/io"), "rchar:")
 }
 
 /// A server on a free port of the loopback interface of another network namespace.
