@@ -213,9 +213,8 @@ fn macvlan_gives_the_pod_a_place_on_the_wire() {
         };
         rtnl.create_pair(&pair).unwrap();
         let far_index = far_rtnl.link_index("far").unwrap().unwrap();
-        let subnet = "10.79.0.0/24".parse().unwrap();
         far_rtnl
-            .add_address(far_index, [10, 79, 0, 99].into(), subnet)
+            .add_address(far_index, [10, 79, 0, 99].into(), 24)
             .unwrap();
         far_rtnl.up(far_index).unwrap();
         let near_index = rtnl.link_index("wire").unwrap().unwrap();
