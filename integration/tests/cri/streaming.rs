@@ -81,10 +81,13 @@ async fn input_has_an_end() -> Result<()> {
         expect(&output, "one\ntwo\n", "", 0).with_context(context)?;
         let output = run(&mut stage.exec(&flags, &["wc", "-c"]).await?, b"").await?;
         expect(&output, "0\n", "", 0).with_context(context)?;
-        // One that takes only the beginning of a lot.
-        let head = stage.exec(&flags, &["head", "-c", "3"]).await;
-        let output = run(&mut head?, &vec![b'x'; 4 << 20]).await?;
-        expect(&output, "xxx", "", 0).with_context(context)?;
+        // One that takes only the beginning of a lot. The driver may say that it could not send the rest.
+        let mut head = stage.exec(&flags, &["head", "-c", "3"]).await?;
+        let output = run(&mut head, &vec![b'x'; 4 << 20]).await?;
+        ensure!(
+            output.stdout == b"xxx" && output.status.success(),
+            "{transport} {protocol}: {output:?}"
+        );
     }
     // Without input asked for, there is its end.
     let output = run(&mut stage.exec(&[spdy], &["cat"]).await?, b"").await?;
