@@ -250,3 +250,23 @@ fn passed_fds(preserve: u16) -> anyhow::Result<(i32, i32)> {
     }
     Ok((count, listen))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_list_of_commands_says_what_each_ones_help_says() {
+        let parser = Command::augment_subcommands(clap::Command::new("coracle"));
+        let mut seen = 0;
+        for listed in parser.get_subcommands() {
+            // Only building it puts its flags together, and its own words with them.
+            let mut own = listed.clone();
+            own.build();
+            let of = |command: &clap::Command| command.get_about().map(ToString::to_string);
+            assert_eq!(of(listed), of(&own), "{}", listed.get_name());
+            seen += 1;
+        }
+        assert!(seen >= 10, "{seen} commands");
+    }
+}
