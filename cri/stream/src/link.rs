@@ -34,6 +34,12 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// What a piece that waits costs beside its bytes.
 const PIECE: usize = 128;
 
+/// Below this a piece that waits is a copy.
+const COPIED: usize = 64 << 10;
+
+/// What one piece counts for at most: no budget is smaller.
+const MOST_COST: u32 = 512 << 10;
+
 /// What the bytes on a socket are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wire {
@@ -272,7 +278,13 @@ impl Reader {
 
     /// Counts bytes that have arrived against what may wait; when too much does, waits until some of it is taken.
     pub(crate) async fn hold(&self, budget: &Arc<Semaphore>, bytes: Bytes) -> Result<Piece, Gone> {
-        let cost = u32::try_from(bytes.len() + PIECE).unwrap_or(u32::MAX);
+        // A small piece must not keep the whole buffer that it came in; a large one must fit into any budget.
+        let bytes = if bytes.len() < COPIED {
+            Bytes::copy_from_slice(&bytes)
+        } else {
+            bytes
+        };
+        let cost = u32::try_from(bytes.len() + PIECE).map_or(MOST_COST, |cost| cost.min(MOST_COST));
         let permit = tokio::select! {
             biased;
             permit = Arc::clone(budget).acquire_many_owned(cost) => permit.ok(),

@@ -72,7 +72,9 @@ pub(crate) async fn copy(
     };
     let tty = tty.map(|fd| register(fd, tty_interest)).transpose()?;
     let stdin = or_tty(stdin, tty.as_ref(), Interest::WRITABLE)?;
-    let stdout = or_tty(stdout, tty.as_ref(), Interest::READABLE)?;
+    // Who attaches is given the output apart: the terminal's is read by somebody else.
+    let of_tty = tty.as_ref().filter(|_| exit.is_some());
+    let stdout = or_tty(stdout, of_tty, Interest::READABLE)?;
     let stderr = stderr.map(|fd| register(fd, Interest::READABLE)).transpose()?;
 
     let Inputs {
@@ -317,5 +319,39 @@ mod tests {
         // one chunk before the time is looked at
         assert_eq!(read_after_exit(40_000, 5_500).await, 1000 + 5_500);
         assert_eq!(read_after_exit(0, 1 << 20).await, 0);
+    }
+
+    #[tokio::test]
+    async fn who_attaches_to_a_terminal_without_output_takes_none_of_it() {
+        let master = tty::open_master().unwrap();
+        tty::unlock(&master).unwrap();
+        let mut slave = std::fs::File::from(tty::open_slave(&master).unwrap());
+        let process = Process {
+            stdin: None,
+            stdout: None,
+            stderr: None,
+            tty: Some(master.try_clone().unwrap()),
+            exit: None,
+            guard: Box::new(()),
+        };
+        let (input, stdin) = mpsc::unbounded_channel();
+        let inputs = Inputs {
+            stdin,
+            size: watch::channel(None).1,
+            given_up: [watch::channel(false).1, watch::channel(false).1],
+        };
+        let outputs = Outputs {
+            stdout: None,
+            stderr: None,
+            to: mpsc::channel(1).0,
+        };
+        std::io::Write::write_all(&mut slave, b"for the log").unwrap();
+        let session = copy(process, inputs, outputs, Duration::ZERO);
+        let session = tokio::time::timeout(Duration::from_millis(100), session);
+        assert!(session.await.is_err(), "it ended before its input");
+        drop(input);
+        let mut seen = [0; 64];
+        let length = coracle_kernel::fd::read(&master, &mut seen).unwrap();
+        assert_eq!(&seen[..length], b"for the log");
     }
 }
