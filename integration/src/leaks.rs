@@ -201,6 +201,10 @@ fn mounts(proc: &Path) -> Result<Names> {
     let mut found = Names::new();
     for line in text.lines() {
         let point = line.split(' ').nth(4).unwrap_or_default();
+        // The directory of pins becomes a mount with the first one that anybody on the host makes, and stays one.
+        if point == "/run/netns" {
+            continue;
+        }
         let kind = line.split(" - ").nth(1).and_then(|rest| rest.split(' ').next());
         let name = format!("{point} ({})", kind.unwrap_or_default());
         let again = (1..)

@@ -267,7 +267,7 @@ impl Engine {
     }
 
     /// Connects to a TCP port that a program in the pod listens on at its loopback address.
-    pub async fn dial(&self, id: &str, port: u16) -> Result<std::net::TcpStream> {
+    pub async fn dial(&self, id: &str, port: u16) -> Result<tokio::net::TcpStream> {
         pod::dial(&self.0.registry.pod(id)?, port).await
     }
 

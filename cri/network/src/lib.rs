@@ -32,7 +32,7 @@ use crate::bridge::BridgeNetwork;
 pub use crate::bridge::subnet::{Subnet, SubnetV6};
 use crate::cni::CniNetwork;
 pub use crate::cni::{CniConfig, CniError, CniRecord, ConfError, Watch};
-pub use crate::dial::{DialError, dial};
+pub use crate::dial::{WithinError, within};
 pub use crate::netns::default_sysctls;
 use crate::netns::{Fresh, Pins, pod_sysctls};
 use crate::retry::{Failures, Turns};

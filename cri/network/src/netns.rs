@@ -8,6 +8,7 @@ use std::sync::Mutex;
 use coracle_kernel::mount;
 use coracle_kernel::mount_attr::Propagation;
 use coracle_kernel::mount_old;
+use coracle_kernel::mountinfo;
 use coracle_kernel::namespace::{self, Kind, Kinds};
 use coracle_kernel::path;
 use coracle_kernel::procfs::Procfs;
@@ -129,8 +130,12 @@ impl Pins {
             }
             other => other?,
         };
-        // What others have pinned already would be hidden by ours.
-        if !path::mount_place(&dir)?.is_root && path::list_dir(&dir, ENTRIES_MAX)?.is_empty() {
+        // What others have pinned already would be hidden by ours. On a shared mount, as /run is under systemd, theirs
+        // would take ours along, and take it away again.
+        if !path::mount_place(&dir)?.is_root
+            && !self.is_shared()?
+            && path::list_dir(&dir, ENTRIES_MAX)?.is_empty()
+        {
             let made = mount_old::bind(&dir, &dir, false)
                 .and_then(|()| mount_old::set_propagation(&self.dir, Propagation::Shared, false));
             if let Err(error) = made {
@@ -139,6 +144,16 @@ impl Pins {
         }
         *ready = true;
         Ok(())
+    }
+
+    /// Whether the mount that the directory lies on tells others of changes.
+    fn is_shared(&self) -> Result<bool, KernelError> {
+        let mounts = mountinfo::read_own(&Procfs::visible()?)?;
+        let holder = mounts
+            .iter()
+            .filter(|mount| self.dir.starts_with(&mount.mount_point))
+            .max_by_key(|mount| mount.mount_point.components().count());
+        Ok(holder.is_some_and(|mount| mount.shared.is_some()))
     }
 
     fn unpin(&self, pod: &str) -> Result<(), KernelError> {

@@ -34,9 +34,7 @@ impl Sessions for EngineSessions {
     }
 
     async fn dial(&self, pod: &str, port: u16) -> Result<TcpStream, SessionError> {
-        let stream = self.0.dial(pod, port).await?;
-        stream.set_nonblocking(true)?;
-        Ok(TcpStream::from_std(stream)?)
+        Ok(self.0.dial(pod, port).await?)
     }
 }
 

@@ -233,7 +233,7 @@ impl<S: Sessions> Forwards<'_, S> {
 
     fn start(&mut self, streams: Streams, port: u16) {
         let (data, upward) = mpsc::unbounded_channel();
-        let (held, reset) = oneshot::channel();
+        let (held, mut reset) = oneshot::channel();
         self.targets.insert(streams.data, Target { data, _reset: held });
         let (pod, allowed) = (self.request.pod.clone(), &self.request.ports);
         let allowed = allowed.is_empty() || allowed.contains(&port);
@@ -245,9 +245,16 @@ impl<S: Sessions> Forwards<'_, S> {
         };
         let sessions = Arc::clone(&self.sessions);
         self.tasks.spawn(async move {
-            let dialled = match allowed {
-                true => sessions.dial(&pod, port).await,
-                false => Err("the port is not one of the request's".into()),
+            let dial = async {
+                match allowed {
+                    true => sessions.dial(&pod, port).await,
+                    false => Err("the port is not one of the request's".into()),
+                }
+            };
+            let dialled = tokio::select! {
+                dialled = dial => dialled,
+                // the client has given it up: who opens and resets without end must not have dials without number
+                _ = &mut reset => return streams,
             };
             let result = match dialled {
                 Ok(socket) => connection.copy(socket, upward, reset).await,

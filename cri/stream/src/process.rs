@@ -345,7 +345,7 @@ mod tests {
             stderr: None,
             to: mpsc::channel(1).0,
         };
-        std::io::Write::write_all(&mut slave, b"for the log").unwrap();
+        io::Write::write_all(&mut slave, b"for the log").unwrap();
         let session = copy(process, inputs, outputs, Duration::ZERO);
         let session = tokio::time::timeout(Duration::from_millis(100), session);
         assert!(session.await.is_err(), "it ended before its input");
