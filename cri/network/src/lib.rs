@@ -34,7 +34,7 @@ use crate::cni::CniNetwork;
 pub use crate::cni::{CniConfig, CniError, CniRecord, ConfError, Watch};
 pub use crate::dial::{WithinError, within};
 pub use crate::netns::default_sysctls;
-use crate::netns::{Fresh, Pins, pod_sysctls};
+use crate::netns::{Making, Pins, pod_sysctls};
 use crate::retry::{Failures, Turns};
 use crate::rows::Rows;
 pub use crate::rows::{Book, BookError, BridgeLease, PortMapping, Protocol, Row, Wiring};
@@ -387,9 +387,10 @@ impl Network {
         sysctls: &BTreeMap<String, String>,
         options: &AttachOptions,
     ) -> Result<Attachment> {
+        // While the lease goes to the disk.
+        let making = Making::begin(bridge::sysctls(bridge, sysctls));
         let lease = self.bridge.reserve(pod, bridge, options)?;
-        let sysctls = bridge::sysctls(&lease, sysctls);
-        let mut fresh = self.make_namespace(pod, &sysctls)?;
+        let mut fresh = self.pins.keep(pod, making)?;
         self.bridge.connect(pod, bridge, &lease, &mut fresh)?;
         Ok(Attachment {
             netns: self.pins.path(pod),
@@ -406,8 +407,10 @@ impl Network {
         options: &AttachOptions,
     ) -> Result<Attachment> {
         let mut record = self.cni.plan(pod, options)?;
+        // While the record goes to the disk.
+        let making = Making::begin(sysctls.clone());
         self.rows.save(pod, Wiring::Cni(Box::new(record.clone())))?;
-        let fresh = self.make_namespace(pod, sysctls)?;
+        let fresh = self.pins.keep(pod, making)?;
         let netns = self.pins.path(pod);
         let added = self.cni.add(pod, &mut record, &netns);
         // Also after a failure: the undoing needs what was answered before it.
@@ -433,16 +436,6 @@ impl Network {
             Err(error) => self.failures.failed(pod, Instant::now(), error),
         }
         detached
-    }
-
-    /// The pod's namespace with nothing but its loopback in it.
-    fn make_namespace(&self, pod: &str, sysctls: &BTreeMap<String, String>) -> Result<Fresh> {
-        let mut fresh = self.pins.make(pod, sysctls)?;
-        fresh
-            .rtnl
-            .loopback_up()
-            .map_err(step("bring the pod's loopback up"))?;
-        Ok(fresh)
     }
 
     /// Removes what connects the pod, by its row's wiring, and its namespace; the row stays.

@@ -1,9 +1,11 @@
 //! Namespaces that live on without a process: bind-mounted onto files below `/run/netns`.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Mutex;
+use std::thread::JoinHandle;
 
 use coracle_kernel::mount;
 use coracle_kernel::mount_attr::Propagation;
@@ -38,6 +40,9 @@ pub(crate) struct Fresh {
     pub(crate) events: LinkEvents,
 }
 
+/// A namespace on its way, in a thread of its own. Nobody knows of it yet: dropped, it leaves nothing.
+pub(crate) struct Making(io::Result<JoinHandle<Result<Fresh, KernelError>>>);
+
 /// What every pod's namespace gets unless told otherwise: ports below 1024 and ping without capabilities.
 #[must_use]
 pub fn default_sysctls() -> BTreeMap<String, String> {
@@ -63,9 +68,11 @@ impl Pins {
         self.dir.join(self.name(pod))
     }
 
-    /// Makes a namespace and pins it.
-    pub(crate) fn make(&self, pod: &str, sysctls: &BTreeMap<String, String>) -> Result<Fresh> {
-        let fresh = make(sysctls).map_err(step("make the pod's network namespace"))?;
+    /// Pins a new namespace, with its loopback up.
+    pub(crate) fn keep(&self, pod: &str, making: Making) -> Result<Fresh> {
+        let fresh = making
+            .finish()
+            .map_err(step("make the pod's network namespace"))?;
         self.pin(pod, &fresh.namespace)
             .map_err(step("pin the pod's network namespace"))?;
         Ok(fresh)
@@ -208,34 +215,42 @@ pub(crate) fn inside<T: Send>(namespace: &OwnedFd, act: impl FnOnce() -> T + Sen
     })
 }
 
-/// Makes a namespace in a thread that ends with it. The socket stays in it: it belongs to the namespace of the thread
-/// that opened it.
-fn make(sysctls: &BTreeMap<String, String>) -> Result<Fresh, KernelError> {
-    let make = || {
-        namespace::unshare(Kinds::NETWORK)?;
-        let namespace = namespace::open_own(Kind::Network)?;
-        // /proc/sys/net is that of the thread that looks.
-        let proc = Procfs::visible()?;
-        for (name, value) in sysctls {
-            proc.sysctl(name, value)?;
-        }
-        Ok(Fresh {
-            namespace,
-            rtnl: Rtnl::open()?,
-            events: LinkEvents::open()?,
-        })
-    };
-    std::thread::scope(|scope| {
+impl Making {
+    /// Begins. The thread ends with its work: one that changed its namespace is of no use to anybody afterwards.
+    pub(crate) fn begin(sysctls: BTreeMap<String, String>) -> Making {
         let thread = std::thread::Builder::new()
             .name("netns".to_owned())
-            .spawn_scoped(scope, make);
-        match thread
-            .map_err(|error| KernelError::from_io("clone", "netns thread", &error))?
-            .join()
-        {
+            .spawn(move || make(&sysctls));
+        Making(thread)
+    }
+
+    /// Waits for it.
+    fn finish(self) -> Result<Fresh, KernelError> {
+        let thread = self.0;
+        let thread = thread.map_err(|error| KernelError::from_io("clone", "netns thread", &error))?;
+        match thread.join() {
             Ok(made) => made,
             Err(panic) => std::panic::resume_unwind(panic),
         }
+    }
+}
+
+/// Moves this thread to a new namespace. The sockets stay in it: they belong to the namespace of the thread that opened
+/// them.
+fn make(sysctls: &BTreeMap<String, String>) -> Result<Fresh, KernelError> {
+    namespace::unshare(Kinds::NETWORK)?;
+    let namespace = namespace::open_own(Kind::Network)?;
+    // /proc/sys/net is that of the thread that looks.
+    let proc = Procfs::visible()?;
+    for (name, value) in sysctls {
+        proc.sysctl(name, value)?;
+    }
+    let mut rtnl = Rtnl::open()?;
+    rtnl.loopback_up()?;
+    Ok(Fresh {
+        namespace,
+        rtnl,
+        events: LinkEvents::open()?,
     })
 }
 

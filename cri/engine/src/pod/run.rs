@@ -40,17 +40,12 @@ pub(super) async fn run(pod: PodHandle) -> Result<()> {
 async fn make(pod: &PodHandle) -> Result<()> {
     let core = pod.core();
     let config = pod.view().config.clone();
-    // The record was made with the phase `Creating` and, where it has one, the network's intent.
-    pod.edit(|_| {}).await?;
-    failpoint::reach("run.intent").await?;
-
-    files::write_names(pod, &config).await?;
-    failpoint::reach("run.files").await?;
-
-    // The monitor starts while the network is made: neither needs the other before the set-up.
     let mut sysctls = spec_gen::sysctls(&config)?;
     sysctls.retain(|(name, _)| !name.starts_with("net."));
-    let (network, monitor) = tokio::join!(attach(pod, &config), start_monitor(pod));
+
+    // The network has an intent of its own, durable before anything of it exists: it is made beside all that needs
+    // the pod's. Neither needs the other before the set-up.
+    let (network, monitor) = tokio::join!(attach(pod, &config), begin(pod, &config));
     // Whatever came to be is kept where the undoing finds it.
     if let Ok(monitor) = &monitor {
         pod.set_monitor(Some(monitor.clone()));
@@ -84,6 +79,20 @@ async fn make(pod: &PodHandle) -> Result<()> {
     })
     .await?;
     failpoint::reach("run.ready").await
+}
+
+/// What comes of the pod before it has a network: its record, its files, its monitor.
+async fn begin(pod: &PodHandle, config: &PodSandboxConfig) -> Result<Monitor> {
+    // The record was made with the phase `Creating`.
+    pod.edit(|_| {}).await?;
+    failpoint::reach("run.intent").await?;
+
+    files::write_names(pod, config).await?;
+    failpoint::reach("run.files").await?;
+
+    let monitor = Monitor::start(pod).await?;
+    failpoint::reach("run.monitor").await?;
+    Ok(monitor)
 }
 
 async fn attach(pod: &PodHandle, config: &PodSandboxConfig) -> Result<Option<NetworkRecord>> {
@@ -121,10 +130,4 @@ pub(super) fn init_cgroup(pod: &PodHandle) -> Result<Location> {
     let path = cgroup_path(pod.core(), &pod.view(), pod.id());
     let located = pod.core().cgroups.locate(Some(&path), pod.id());
     located.map_err(|error| Error::invalid("config.linux.cgroup_parent", error.to_string()))
-}
-
-async fn start_monitor(pod: &PodHandle) -> Result<Monitor> {
-    let monitor = Monitor::start(pod).await?;
-    failpoint::reach("run.monitor").await?;
-    Ok(monitor)
 }

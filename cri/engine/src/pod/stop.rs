@@ -52,17 +52,19 @@ pub(crate) async fn release(pod: &PodHandle) -> Result<()> {
         let cgroup = cgroup_manager(pod.core().cgroups.clone(), super::run::init_cgroup(pod)?).await?;
         kill_and_remove(cgroup).await?;
     }
-    // A plugin that fails must not keep the rest; its failure is told at the end.
-    let detached = detach(pod).await;
-    failpoint::reach("stop-pod.network").await?;
+    // Neither needs the other, and a plugin that fails must not keep the monitor.
+    let (detached, ended) = tokio::join!(detach(pod), end_monitor(pod));
+    ended.and(detached)
+}
+
+async fn end_monitor(pod: &PodHandle) -> Result<()> {
     crate::monitor::end(pod).await?;
-    failpoint::reach("stop-pod.monitor").await?;
-    detached
+    failpoint::reach("stop-pod.monitor").await
 }
 
 async fn detach(pod: &PodHandle) -> Result<()> {
     if pod.view().record.network.is_none() {
-        return Ok(());
+        return failpoint::reach("stop-pod.network").await;
     }
     let (network, id) = (pod.core().network.clone(), pod.id().to_owned());
     let detached = blocking(move || network.detach(&id))
@@ -71,5 +73,6 @@ async fn detach(pod: &PodHandle) -> Result<()> {
     if detached.is_err() {
         pod.core().network_failed.notify_one();
     }
+    failpoint::reach("stop-pod.network").await?;
     detached
 }

@@ -6,7 +6,6 @@ use coracle_kernel::Errno;
 use coracle_kernel::procfs::Procfs;
 
 use super::table::Plan;
-use crate::rows::BridgeLease;
 use crate::rtnl::{Route, Rtnl};
 use crate::{Bridge, Error, Result, step};
 
@@ -25,7 +24,7 @@ pub(super) fn plan(bridge: &Bridge) -> Plan {
 
 /// What a pod's namespace gets beside `asked`, which wins: it listens to no router advertisement, and takes its
 /// addresses at once, since nobody else can have them.
-pub(crate) fn sysctls(lease: &BridgeLease, asked: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+pub(crate) fn sysctls(bridge: &Bridge, asked: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     let mut sysctls = asked.clone();
     if !has_sysctl("net.ipv6.conf.default.accept_ra") {
         return sysctls;
@@ -36,7 +35,7 @@ pub(crate) fn sysctls(lease: &BridgeLease, asked: &BTreeMap<String, String>) -> 
     for device in ["all", "default"] {
         set(&format!("net.ipv6.conf.{device}.accept_ra"), "0");
         set(&format!("net.ipv6.conf.{device}.accept_dad"), "0");
-        if lease.v6.is_some() {
+        if plan(bridge).subnet_v6.is_some() {
             // Namespaces may take after a host that has it off for new devices.
             set(&format!("net.ipv6.conf.{device}.disable_ipv6"), "0");
         }
