@@ -117,10 +117,8 @@ impl Tool {
 /// The folder with the built programs.
 pub(crate) fn build(places: &Places, tool: Tool) -> Result<PathBuf> {
     let source = places.repository.join("integration/tools").join(tool.folder());
-    let out = places
-        .cache
-        .join("tools")
-        .join(format!("{}-{}", tool.program(), hash_of(&source, tool)?));
+    let tools = places.cache.join("tools");
+    let out = tools.join(format!("{}-{}", tool.program(), hash_of(&source, tool)?));
     if out.join(tool.program()).exists() {
         return Ok(out);
     }
@@ -132,20 +130,27 @@ pub(crate) fn build(places: &Places, tool: Tool) -> Result<PathBuf> {
         let entry = entry?;
         fs::copy(entry.path(), work.path().join(entry.file_name()))?;
     }
-    let half = out.with_extension("half");
-    let _ = fs::remove_dir_all(&half);
-    fs::create_dir_all(&half)?;
+    fs::create_dir_all(&tools).with_context(|| format!("make {}", tools.display()))?;
+    // A folder of its own for each run: two that build the same do not get in each other's way.
+    let half = tempfile::Builder::new()
+        .prefix("half-")
+        .tempdir_in(&tools)
+        .context("make a folder for what is built")?;
     let mut command = Command::new(go);
     command
         .args(["build", "-trimpath", "-o"])
-        .arg(format!("{}/", half.display()))
+        .arg(format!("{}/", half.path().display()))
         .args(tool.arguments())
         .current_dir(work.path())
         .env("GOFLAGS", "-mod=mod -buildvcs=false")
         .env("CGO_ENABLED", if tool == Tool::Runc { "1" } else { "0" });
     quiet(&mut command)?;
-    let _ = fs::remove_dir_all(&out);
-    fs::rename(&half, &out).with_context(|| format!("name {}", out.display()))?;
+    // The other one's is as good.
+    if let Err(error) = fs::rename(half.path(), &out)
+        && !out.join(tool.program()).exists()
+    {
+        return Err(error).with_context(|| format!("name {}", out.display()));
+    }
     Ok(out)
 }
 

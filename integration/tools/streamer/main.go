@@ -3,6 +3,7 @@
 //	streamer exec|attach [flags] URL          copies its input and output; exits with the remote exit code
 //	streamer portforward [flags] URL [LOCAL:]REMOTE...
 //	                                          prints "Forwarding from 127.0.0.1:LOCAL -> REMOTE"; ends with its input
+//	streamer count URL PORT PATH BYTES        gets a file from a port; prints how many bytes came
 //
 // It exits with 125 when something other than the remote command failed.
 package main
@@ -62,6 +63,8 @@ func main() {
 			err = stream(target, o)
 		case "portforward":
 			err = forward(target, o, flags.Args()[1:])
+		case "count":
+			err = printCount(target, flags.Args()[1:])
 		default:
 			usage()
 		}
@@ -77,7 +80,7 @@ func main() {
 }
 
 func usage() {
-	fmt.Fprintln(os.Stderr, "usage: streamer exec|attach|portforward [flags] URL [[LOCAL:]REMOTE...]")
+	fmt.Fprintln(os.Stderr, "usage: streamer exec|attach|portforward|count [flags] URL [[LOCAL:]REMOTE...]")
 	os.Exit(failed)
 }
 

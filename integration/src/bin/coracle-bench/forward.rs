@@ -1,4 +1,5 @@
-//! Throughput of port forwarding: a file out of a pod, through kubectl's own client library on both sides.
+//! Throughput of port forwarding: a file out of a pod, through kubectl's own client library on both sides; and to a client
+//! that only counts, which leaves the server to be measured.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;
@@ -6,7 +7,7 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use coracle_integration::cell::{Cell, wait_for};
+use coracle_integration::cell::{Cell, run as run_command, wait_for};
 use coracle_integration::client::Client;
 use coracle_integration::daemon::{Daemon, program};
 use coracle_integration::image::busybox_layout;
@@ -31,36 +32,39 @@ pub(crate) fn run() -> Result<()> {
     daemon.import(&ours, &layout, IMAGE)?;
     let theirs = Cell::new("bench-forward-peer")?;
     let peer = Containerd::start(&theirs, &layout)?;
-    let mut sessions = vec![("coracled", Session::start(&ours, &daemon.client()?, &streamer)?)];
+    let mut sessions = vec![("coracled", Session::start(&ours, daemon.client()?, &streamer)?)];
     if let Some(peer) = &peer {
         let client = Client::connect(&peer.socket)?;
-        sessions.push(("containerd+runc", Session::start(&theirs, &client, &streamer)?));
+        sessions.push(("containerd+runc", Session::start(&theirs, client, &streamer)?));
     }
-    let mut row = Row {
-        operation: "port-forward of 256 MiB",
+    let row = |operation, target| Row {
+        operation,
         samples: sessions
             .iter()
             .map(|(name, _)| (*name, Sample::default()))
             .collect(),
-        target: Some(0.5),
+        target,
     };
+    let mut rows = [
+        row("port-forward of 256 MiB", Some(0.5)),
+        row("port-forward of 256 MiB to a client that only counts", None),
+    ];
     for round in 0..=ROUNDS {
-        for ((_, session), (_, sample)) in sessions.iter().zip(&mut row.samples) {
+        for (n, (_, session)) in sessions.iter().enumerate() {
             // The first round fills caches and is not counted.
-            let mut warm_up = Sample::default();
-            let sample = if round == 0 { &mut warm_up } else { sample };
-            sample.time(|| session.transfer())?;
+            let mut warm_up = [Sample::default(), Sample::default()];
+            let [whole, counted] = &mut rows;
+            let [whole, counted] = match round {
+                0 => warm_up.each_mut(),
+                _ => [&mut whole.samples[n].1, &mut counted.samples[n].1],
+            };
+            whole.time(|| session.transfer())?;
+            counted.time(|| session.count())?;
         }
     }
-    print_rows(&[row]);
-    let clients = [
-        Some(daemon.client()?),
-        peer.as_ref()
-            .map(|peer| Client::connect(&peer.socket))
-            .transpose()?,
-    ];
-    for ((_, session), client) in sessions.into_iter().zip(clients.into_iter().flatten()) {
-        session.end(&client)?;
+    print_rows(&rows);
+    for (_, session) in sessions {
+        session.end()?;
     }
     daemon.terminate()?;
     peer.map_or(Ok(()), Containerd::stop)
@@ -69,13 +73,15 @@ pub(crate) fn run() -> Result<()> {
 /// A pod with a web server, and a local port that leads to it.
 struct Session<'a> {
     cell: &'a Cell,
+    client: Client,
+    streamer: &'a Path,
     sandbox: String,
     forward: Child,
     port: String,
 }
 
 impl<'a> Session<'a> {
-    fn start(cell: &'a Cell, client: &Client, streamer: &Path) -> Result<Session<'a>> {
+    fn start(cell: &'a Cell, client: Client, streamer: &'a Path) -> Result<Session<'a>> {
         let pod = pod_config("forward", &cell.subdir("logs")?);
         let sandbox = client.run_pod(&pod)?;
         let script = format!(
@@ -111,6 +117,8 @@ impl<'a> Session<'a> {
             .to_owned();
         Ok(Session {
             cell,
+            client,
+            streamer,
             sandbox,
             forward,
             port,
@@ -126,12 +134,24 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    fn end(mut self, client: &Client) -> Result<()> {
+    fn count(&self) -> Result<()> {
+        let url = self.client.port_forward(&self.sandbox)?;
+        let mut command = self.cell.command(self.streamer);
+        let wanted = (MEBIBYTES << 20).to_string();
+        let size = run_command(command.args(["count", &url, "8080", "/much", &wanted]))?;
+        ensure!(
+            size.trim().parse().is_ok_and(|size: usize| size >= MEBIBYTES << 20),
+            "{size} bytes came"
+        );
+        Ok(())
+    }
+
+    fn end(mut self) -> Result<()> {
         if let Some(mut stdin) = self.forward.stdin.take() {
             // Its end ends it.
             stdin.flush()?;
         }
         self.forward.wait()?;
-        Ok(client.discard_pod(&self.sandbox)?)
+        Ok(self.client.discard_pod(&self.sandbox)?)
     }
 }
