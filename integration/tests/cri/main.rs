@@ -20,6 +20,7 @@ mod namespaces;
 mod network;
 mod oracle;
 mod pods;
+mod reconnect;
 mod refused;
 mod restart;
 mod single;
@@ -109,6 +110,7 @@ fn main() -> ExitCode {
         faults::all(),
         single::all(),
         oracle::all(),
+        reconnect::all(),
         monitors::all(),
         kill9::all(),
         cni::all(),
