@@ -32,6 +32,7 @@ mod streaming_forward;
 mod streaming_refused;
 mod streams;
 mod support;
+mod volumes;
 
 use std::future::Future;
 use std::path::Path;
@@ -111,6 +112,7 @@ fn main() -> ExitCode {
         single::all(),
         oracle::all(),
         reconnect::all(),
+        volumes::all(),
         monitors::all(),
         kill9::all(),
         cni::all(),
