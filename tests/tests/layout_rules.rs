@@ -28,7 +28,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("snapshot", &["kernel"]),
     ("image", &["kernel", "snapshot"]),
-    ("network", &["kernel"]),
+    ("network", &["kernel", "cgroup"]),
     ("stream", &["kernel"]),
     (
         "engine",

@@ -251,6 +251,12 @@ impl Network {
         })
     }
 
+    /// Has CNI plugins run in cgroups of `instance` from now on, and kills what those of an earlier daemon are still
+    /// doing: before this one sends anything. Blocks for as long as that takes, seconds at most.
+    pub fn contain_plugins(&mut self, instance: &str) -> coracle_cgroup::Result<()> {
+        self.cni.contain(instance)
+    }
+
     /// The name of the mode, for records.
     #[must_use]
     pub fn mode(&self) -> &'static str {

@@ -317,7 +317,14 @@ fn open_network(
             pod_cidr_file: Some(root.join("pod-cidr")),
         }),
     };
-    Ok(Network::new(instance, mode, Arc::new(NetworkRows(store)))?)
+    let mut network = Network::new(instance, mode, Arc::new(NetworkRows(store)))?;
+    if let Err(error) = network.contain_plugins(instance) {
+        warn!(
+            error = status::chain(&error),
+            "CNI plugins run in the daemon's own cgroup"
+        );
+    }
+    Ok(network)
 }
 
 async fn open_streams(config: &Config, engine: &Engine) -> Result<Arc<StreamServer<EngineSessions>>> {

@@ -9,7 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use coracle_kernel::error::Errno;
-use coracle_kernel::{file, path, probe, scm};
+use coracle_kernel::{file, path, probe, rlimit, scm};
 
 use crate::config::Config;
 
@@ -26,9 +26,12 @@ pub(crate) struct Directories {
     _lock: OwnedFd,
 }
 
-/// Checks the kernel, makes the directories and takes the root's lock.
+/// Checks the kernel, takes the descriptors that it may have, makes the directories and takes the root's lock.
 pub(crate) fn prepare(root: &Path, state: &Path) -> Result<Directories> {
     check_kernel()?;
+    // A pod takes a dozen of ours and a session eight; programs that are started keep the limit that we were given.
+    let (before, now) = rlimit::raise_open_files()?;
+    tracing::debug!(before, now, "soft limit of open descriptors");
     let root = make_dir(root)?;
     let state = make_dir(state)?;
     let lock = take_lock(&root)?;

@@ -9,24 +9,34 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use coracle_integration::{Node, Options, leaks, request};
+use coracle_kernel::rlimit::{self, Resource};
+use coracle_kernel::signal::{self, Signal};
 use coracle_proto::cri::{
     ContainerState, NetworkConfig, PodSandboxState, PortMapping, RuntimeConfig, StatusRequest,
     UpdateRuntimeConfigRequest,
 };
 use serde_json::json;
 
-use crate::support::{eventually, info};
+use crate::support::{eventually, info, monitor_of};
 
 crate::tests![
     without_a_configuration_the_node_says_so_until_there_is_one,
     a_failing_del_keeps_the_address_and_nothing_else,
     what_a_crash_interrupts_is_taken_down_by_the_next_daemon,
+    what_a_plugin_has_started_ends_with_its_run_or_is_left_alone,
+    nobody_inherits_the_limit_of_open_files_that_the_daemon_has,
     the_reference_plugins_connect_pods,
 ];
 
-/// Answers with an address that nobody has; DEL fails where there is a file `del`, ADD hangs where there is a `hang`.
+/// Answers with an address that nobody has; DEL fails where there is a file `del`, ADD hangs where there is a `hang`, and
+/// waits for a child that hangs where there is a `wait`. With `leave` it leaves something in the background.
 const PLUGIN: &str = r#"#!/bin/sh
 echo "$CNI_COMMAND" >> DIR/calls
+ulimit -Sn > DIR/open-files
+lives() { [ -e DIR/$1 ] && grep -q '^State:.[^Z]' /proc/$(cat DIR/$1)/status; }
+[ "$CNI_COMMAND" = DEL ] && lives child && echo "a child lives" >> DIR/calls
+[ "$CNI_COMMAND" = ADD ] && [ -e DIR/leave ] && { setsid sleep 1000 < /dev/null > /dev/null 2>&1 & echo $! > DIR/left; }
+[ "$CNI_COMMAND" = ADD ] && [ -e DIR/wait ] && { setsid sleep 1000 & echo $! > DIR/child; wait; }
 [ "$CNI_COMMAND" = ADD ] && [ -e DIR/hang ] && { echo $$ > DIR/hanging; exec sleep 1000; }
 [ "$CNI_COMMAND" = DEL ] && [ -e DIR/del ] && { echo '{"code":11,"msg":"not now"}'; exit 1; }
 [ "$CNI_COMMAND" = ADD ] && echo '{"cniVersion":"1.0.0","ips":[{"address":"10.9.0.2/24"},{"address":"fd09::2/64"}]}'
@@ -248,6 +258,109 @@ async fn what_a_crash_interrupts_is_taken_down_by_the_next_daemon() -> Result<()
         Ok(())
     })
     .await?;
+    node.finish().await?;
+    place.remove()
+}
+
+/// Whether the process lives whose number is in a file.
+fn lives(pid_file: &Path) -> Result<bool> {
+    let pid = fs::read_to_string(pid_file)?;
+    let status = fs::read_to_string(Path::new("/proc").join(pid.trim()).join("status"));
+    Ok(status.is_ok_and(|status| !status.contains("State:\tZ")))
+}
+
+/// What the IPAM plugin is to most others: a child that goes on when its parent and the daemon are gone.
+async fn what_a_plugin_has_started_ends_with_its_run_or_is_left_alone() -> Result<()> {
+    let place = Place::new("children")?;
+    place.install()?;
+    fs::write(place.path("leave"), "")?;
+    let mut node = Node::with_busybox(place.options(&place.path("bin"))).await?;
+    let kept = node.run_pod(&request::pod("kept", &node.logs)).await?;
+    ensure!(
+        lives(&place.path("left"))?,
+        "what was left did not outlive its plugin"
+    );
+    fs::remove_file(place.path("leave"))?;
+
+    fs::write(place.path("wait"), "")?;
+    let config = request::pod("crash", &node.logs);
+    let waiting = eventually(async || {
+        ensure!(lives(&place.path("child"))?, "the plugin has no child yet");
+        Ok(())
+    });
+    tokio::select! {
+        answer = node.run_pod(&config) => anyhow::bail!("it did not wait: {answer:?}"),
+        waits = waiting => waits?,
+    }
+    node.kill()?;
+    ensure!(
+        lives(&place.path("child"))?,
+        "the child ended with the daemon: this tests nothing"
+    );
+    fs::remove_file(place.path("wait"))?;
+    node.spawn().await?;
+    eventually(async || {
+        ensure!(place.calls("DEL") >= 1, "nobody took it down");
+        ensure!(node.pod_ids().await?.len() == 1, "the pod is there");
+        Ok(())
+    })
+    .await?;
+    ensure!(
+        place.calls("a child lives") == 0,
+        "it went on behind the next daemon's DEL"
+    );
+    ensure!(!lives(&place.path("child"))?, "it goes on");
+    // Of an operation that had ended.
+    ensure!(lives(&place.path("left"))?, "what was left was killed");
+    node.remove_pod(&kept).await?;
+    let left = fs::read_to_string(place.path("left"))?.trim().parse()?;
+    signal::kill(left, Signal::KILL)?;
+    eventually(async || {
+        ensure!(!lives(&place.path("left"))?, "it does not end");
+        Ok(())
+    })
+    .await?;
+    node.finish().await?;
+    place.remove()
+}
+
+/// select(2) breaks beyond 1024: whoever wants more says so.
+async fn nobody_inherits_the_limit_of_open_files_that_the_daemon_has() -> Result<()> {
+    let (_, hard) = rlimit::get(0, Resource::NOFILE)?;
+    ensure!(hard > 1000, "the hard limit here is {hard}");
+    // The daemon's by inheritance; and this process runs this test alone.
+    rlimit::set(0, Resource::NOFILE, 1000, hard)?;
+    let limits = |pid: i32| -> Result<String> {
+        let limits = fs::read_to_string(format!("/proc/{pid}/limits"))?;
+        let line = limits.lines().find(|line| line.starts_with("Max open files"));
+        let words: Vec<_> = line
+            .context("no such limit")?
+            .split_whitespace()
+            .skip(3)
+            .collect();
+        Ok(words[..2].join(" "))
+    };
+    let (raised, given) = (format!("{hard} {hard}"), format!("1000 {hard}"));
+    let place = Place::new("open-files")?;
+    place.install()?;
+    let node = Node::with_busybox(place.options(&place.path("bin"))).await?;
+    let daemon = limits(i32::try_from(node.pid().context("no daemon")?)?)?;
+    ensure!(daemon == raised, "the daemon has {daemon}");
+    let config = request::pod("limits", &node.logs);
+    let pod = node.run_pod(&config).await?;
+    let plugin = fs::read_to_string(place.path("open-files"))?;
+    ensure!(plugin.trim() == "1000", "a plugin has {plugin}");
+    let monitor = limits(monitor_of(&node, &pod).await?)?;
+    ensure!(monitor == given, "a monitor has {monitor}");
+    let main = request::container("main", "echo has $(ulimit -Sn) $(ulimit -Hn); sleep 1000");
+    let id = node.run_container(&pod, &main, &config).await?;
+    let status = node.status(&id).await?;
+    let log = node.wait_log(&status, "has ", Duration::from_secs(5)).await?;
+    ensure!(log.contains(&format!("has {given}\n")), "{log}");
+    let exec = node
+        .exec(&id, &["sh", "-c", "echo $(ulimit -Sn) $(ulimit -Hn)"], 10)
+        .await?;
+    ensure!(exec.stdout == format!("{given}\n").as_bytes(), "{exec:?}");
     node.finish().await?;
     place.remove()
 }

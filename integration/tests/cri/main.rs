@@ -20,6 +20,7 @@ mod namespaces;
 mod network;
 mod oracle;
 mod pods;
+mod reconnect;
 mod refused;
 mod restart;
 mod single;
@@ -31,6 +32,7 @@ mod streaming_forward;
 mod streaming_refused;
 mod streams;
 mod support;
+mod volumes;
 
 use std::future::Future;
 use std::path::Path;
@@ -109,6 +111,8 @@ fn main() -> ExitCode {
         faults::all(),
         single::all(),
         oracle::all(),
+        reconnect::all(),
+        volumes::all(),
         monitors::all(),
         kill9::all(),
         cni::all(),

@@ -36,7 +36,9 @@ pub use coracle_spec::oci::LinuxResources;
 pub use device_rules::{Access, DeviceRule, DeviceType};
 pub use host::{Host, Kind};
 pub use location::Location;
-pub use own::{end_workers, make_workers, monitor_location, remove_own};
+pub use own::{
+    end_plugins, end_workers, make_helpers, make_plugins, make_workers, monitor_location, remove_own,
+};
 pub use stats::{Cpu, Io, Memory, Pids, Stats, Throttling};
 
 /// Result of this crate.

@@ -1,7 +1,9 @@
-//! The daemon's own groups: `/coracle/<instance>/monitors/<pod>` and `/coracle/<instance>/workers`.
+//! The daemon's own groups: `/coracle/<instance>/monitors/<pod>`, `/coracle/<instance>/workers`, and `plugins` and
+//! `helpers` there.
 //!
 //! Monitors are outside the daemon's unit and outside every pod, so that neither a limit nor the end of one reaches
-//! them; workers share a bound to their memory and the least weight.
+//! them; workers share a bound to their memory and the least weight. Below `plugins` each running CNI plugin has a group
+//! with all that it starts; what plugins leave in the background is in `helpers`.
 
 use std::time::Duration;
 
@@ -43,6 +45,36 @@ pub fn end_workers(host: &Host, instance: &str, timeout: Duration) -> Result<boo
     group.wait_empty(timeout)
 }
 
+/// The group above those of an instance's running CNI plugins, made where it is missing. It holds no process itself: each
+/// run has a sub-group.
+pub fn make_plugins(host: &Host, instance: &str) -> Result<Box<dyn Manager>> {
+    make_own(host, &plugins_location(instance)?, &LinuxResources::default())
+}
+
+/// The group of what CNI plugins have left in the background, made where it is missing.
+pub fn make_helpers(host: &Host, instance: &str) -> Result<Box<dyn Manager>> {
+    make_own(
+        host,
+        &top(instance)?.child("helpers")?,
+        &LinuxResources::default(),
+    )
+}
+
+/// Kills what CNI plugins of an instance and all that they have started are still doing, and removes their groups; true
+/// when none is left within `timeout`.
+pub fn end_plugins(host: &Host, instance: &str, timeout: Duration) -> Result<bool> {
+    let mut group = host.manager(&plugins_location(instance)?, Options::default())?;
+    if !group.exists() {
+        return Ok(true);
+    }
+    group.kill(timeout)?;
+    match group.remove(timeout) {
+        Ok(()) => Ok(true),
+        Err(Error::Deadline { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Removes an instance's groups that hold no process; whether none is left.
 ///
 /// For the end of the daemon: groups of running monitors stay.
@@ -60,6 +92,10 @@ pub fn remove_own(host: &Host, instance: &str) -> Result<bool> {
         Err(Error::Deadline { .. }) => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+fn plugins_location(instance: &str) -> Result<Location> {
+    top(instance)?.child("plugins")
 }
 
 fn workers_location(instance: &str) -> Result<Location> {

@@ -15,7 +15,7 @@ use coracle_spec::oci::LinuxResources;
 use coracle_spec::{Bind, Config, IdMapping, NamespaceKind, Process, TimeClock};
 
 use crate::init::{Barrier, Console, Filter, Init, Keep, Launch, Newborn, Parent, Role, Setup, launch};
-use crate::rootfs::{Context, Entry as RootEntry, Source};
+use crate::rootfs::{Context, Entry as RootEntry, Lent, Source};
 use crate::state::{Process as Seen, State};
 use crate::store::{Entry, START, Store, rootless};
 use crate::{Error, Result, delete, env, filter, namespaces};
@@ -52,6 +52,8 @@ pub struct Options<'a> {
     pub config: &'a Config,
     /// Where the root comes from.
     pub root: Root,
+    /// What its binds find besides the host's mounts.
+    pub lent: Vec<Lent>,
     /// Standard input, output and error; the caller's where there is none. Not used with a terminal.
     pub stdio: [Option<OwnedFd>; 3],
     /// Where the terminal goes, if the configuration has one.
@@ -232,12 +234,13 @@ pub fn create(options: Options<'_>, cgroup: &dyn Manager) -> Result<Created> {
         id: options.id,
         config,
         bundle: options.bundle,
-        rootfs: Some(Context {
+        rootfs: Some(Box::new(Context {
             bundle: options.bundle,
             root: &rootfs,
             source,
+            lent: options.lent,
             entry,
-        }),
+        })),
         time_offsets: time_offsets(config),
         uids: lines(&config.uid_mappings),
         gids: lines(&config.gid_mappings),
@@ -347,6 +350,7 @@ fn make(
             bundle: options.bundle,
             config,
             root: Root::Path,
+            lent: Vec::new(),
             stdio: [None, None, None],
             console: options.console,
             start_at,

@@ -39,6 +39,7 @@ pub use init::{Console, Failure, Kind as FailureKind, LaunchError, Parent, Step}
 pub use kill::kill;
 pub use late::{LateHooks, run_late_hooks};
 pub use namespaces::OpenError;
+pub use rootfs::Lent;
 pub use start::{Release, release, start_stored};
 pub use state::State;
 pub use store::{Entry, Store};

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use crate::clone::{Child, Clone3};
 use crate::error::{Errno, Error, Result};
 use crate::fd;
+use crate::rlimit;
 use crate::signal::{self, Set};
 use crate::wait::{Id, wait};
 
@@ -61,7 +62,8 @@ impl<'a> Spawn<'a> {
     /// Starts it and returns when it runs. A failure of the child up to and with execve comes back as the error of
     /// the call that failed, with no child left over.
     ///
-    /// Every signal has its default action and none is blocked in the new program; unless asked for it does not die
+    /// Every signal has its default action and none is blocked in the new program, and its soft limit of open descriptors
+    /// is the one that we had before [`rlimit::raise_open_files`]; unless asked for it does not die
     /// with the thread that started it. Safe in a threaded process: between clone and execve nothing is allocated or locked.
     pub fn spawn(self) -> Result<Child> {
         let above = self
@@ -150,6 +152,9 @@ impl<'a> Spawn<'a> {
                 return (Step::Caller, Errno::ESRCH);
             }
         }
+        if let Err(errno) = rlimit::give_back_open_files() {
+            return (Step::Limits, errno);
+        }
         for procs in self.cgroup_procs {
             if let Err(errno) = fd::write(procs, b"0") {
                 return (Step::Cgroup, errno);
@@ -195,6 +200,7 @@ impl<'a> Spawn<'a> {
             step if step == Step::Session as u32 => "setsid",
             step if step == Step::Descriptors as u32 => "dup2",
             step if step == Step::Caller as u32 => "prctl",
+            step if step == Step::Limits as u32 => "prlimit64",
             _ => "execveat",
         };
         let args = match (call, self.program) {
@@ -214,6 +220,7 @@ enum Step {
     Session,
     Descriptors,
     Caller,
+    Limits,
     Execute,
 }
 

@@ -1,6 +1,8 @@
 //! Resource limits of a process.
 
-use crate::{Error, Result};
+use std::sync::OnceLock;
+
+use crate::{Errno, Error, Result};
 
 /// A kind of limit, `RLIMIT_*`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -98,6 +100,53 @@ pub fn get(pid: u32, resource: Resource) -> Result<(u64, u64)> {
     } else {
         Err(Error::last("prlimit64", resource.name()))
     }
+}
+
+/// The soft limit of open descriptors that this process had before it raised its own.
+static BEFORE: OnceLock<u64> = OnceLock::new();
+
+/// Raises the soft limit of open descriptors to the hard one, for this process alone: programs that
+/// [`Spawn`](crate::exec::Spawn) starts begin with the one that there was. Those that use select(2) break beyond 1024.
+/// What a `fork` makes that executes nothing keeps the raised one.
+pub fn raise_open_files() -> Result<(u64, u64)> {
+    let (soft, hard) = get(0, Resource::NOFILE)?;
+    let before = *BEFORE.get_or_init(|| soft);
+    set(0, Resource::NOFILE, hard, hard)?;
+    Ok((before, hard))
+}
+
+/// Gives a child the soft limit that there was; for the time between clone and execve.
+pub(crate) fn give_back_open_files() -> Result<(), Errno> {
+    let Some(before) = BEFORE.get() else {
+        return Ok(());
+    };
+    let mut limits = [0u64; 2];
+    // SAFETY: the kernel writes a `rlimit64`, two words, into a live local, and reads nothing.
+    let got = unsafe {
+        libc::syscall(
+            libc::SYS_prlimit64,
+            0,
+            Resource::NOFILE.0,
+            std::ptr::null::<u64>(),
+            limits.as_mut_ptr(),
+        )
+    };
+    if got < 0 {
+        return Err(Errno::last());
+    }
+    // Somebody may have lowered the hard one since.
+    limits[0] = (*before).min(limits[1]);
+    // SAFETY: the kernel reads a `rlimit64`, two words, from a live local, and writes nothing.
+    let set = unsafe {
+        libc::syscall(
+            libc::SYS_prlimit64,
+            0,
+            Resource::NOFILE.0,
+            limits.as_ptr(),
+            std::ptr::null_mut::<u64>(),
+        )
+    };
+    if set < 0 { Err(Errno::last()) } else { Ok(()) }
 }
 
 #[cfg(test)]

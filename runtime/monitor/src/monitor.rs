@@ -227,6 +227,11 @@ impl Monitor {
         }
     }
 
+    /// Whether the connection that asked is there still.
+    pub(crate) fn is_awaited(&self, reply: Reply) -> bool {
+        self.connection.is_some() && reply.connection == self.connection_number
+    }
+
     /// Tells the daemon, if there is one.
     pub(crate) fn tell(&mut self, event: impl Into<Body>) {
         if let Some(connection) = &mut self.connection {

@@ -4,8 +4,9 @@ use std::os::fd::OwnedFd;
 
 use coracle_container::{Error as ContainerError, FailureKind, LateHooks};
 use coracle_kernel::epoll::Interest;
-use coracle_kernel::fd;
+use coracle_kernel::signal::Signal;
 use coracle_kernel::wait::{Exit as Ended, Status};
+use coracle_kernel::{fd, pidfd};
 use coracle_wire::{Body, ContainerState, Created, Done, ExecExited, ExecStarted, Exited, FailKind, Failed};
 
 use crate::connection::failed;
@@ -235,6 +236,10 @@ impl Monitor {
                 let taken = self.executed(exec_id, container_id, pid, pidfd);
                 let pidfd =
                     taken.map_err(|error| (reply, crate::refusal::kernel("take over the process")(error)))?;
+                if !self.is_awaited(reply) {
+                    // Nobody has its streams or waits for its end: and who connected meanwhile does not know of it.
+                    let _ = pidfd::send_signal(&pidfd, Signal::KILL);
+                }
                 let fds = [Some(pidfd), terminal].into_iter().flatten().collect();
                 self.answer(reply, ExecStarted { pid, tty }, fds);
                 self.meet_stranger(pid);

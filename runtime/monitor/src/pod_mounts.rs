@@ -8,11 +8,12 @@ use std::io::{self, Read as _};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use coracle_container::Lent;
 use coracle_kernel::mount::{self, Depth, Filesystem};
 use coracle_kernel::mount_attr::{self, Attr, Propagation};
-use coracle_kernel::namespace::{self, Kind, Kinds};
+use coracle_kernel::namespace::{self, Kind};
 use coracle_kernel::path::{self, OFlags};
-use coracle_kernel::{Error, Result, fd};
+use coracle_kernel::{Error, Result};
 use coracle_wire::Failed;
 
 use crate::refusal::kernel;
@@ -61,30 +62,26 @@ pub(crate) fn make(pod_dir: &str, shm_bytes: Option<u64>) -> std::result::Result
 }
 
 impl PodMounts {
-    /// Attaches the pod's mounts for us and what we make, in a copy of the host's mount namespace as it is now.
+    /// Copies of the pod's mounts, for one of its containers: attached nowhere, with their places.
     ///
-    /// Of the copy only the mount that they lie on stops telling the host's of changes: volumes that containers mount
-    /// back to the host still reach it.
-    pub(crate) fn attach(&self) -> Result<()> {
+    /// Nothing is attached here, since that would show on the host, or would need a mount of the host's to be cut off on
+    /// which volumes may lie: the container does it when it has taken those.
+    pub(crate) fn lend(&self) -> Result<Vec<Lent>> {
         let names = [(SHM, self.shm), (FILES, true)];
-        let names = || names.iter().filter(|(_, wanted)| *wanted).map(|(name, _)| *name);
         let host = namespace::open_own(Kind::Mount)?;
         namespace::enter(&self.namespace, Kind::Mount)?;
-        let clones: Result<Vec<OwnedFd>> = names()
-            .map(|name| mount::clone_tree(place(&self.pod_dir, name)?, Depth::Single))
+        let lent = names
+            .into_iter()
+            .filter(|(_, wanted)| *wanted)
+            .map(|(name, _)| {
+                Ok(Lent {
+                    mount: mount::clone_tree(place(&self.pod_dir, name)?, Depth::Single)?,
+                    at: Path::new(&self.pod_dir).join(name),
+                })
+            })
             .collect();
-        let clones = clones?;
         namespace::enter(&host, Kind::Mount)?;
-        namespace::unshare(Kinds::MOUNT)?;
-        let mut top = fd::dup(place(&self.pod_dir, FILES)?)?;
-        while !path::mount_place(&top)?.is_root {
-            top = path::open_parent(&top)?;
-        }
-        mount_attr::set_propagation(&top, Propagation::Slave, false)?;
-        for (clone, name) in clones.iter().zip(names()) {
-            mount::attach(clone, place(&self.pod_dir, name)?)?;
-        }
-        Ok(())
+        lent
     }
 }
 

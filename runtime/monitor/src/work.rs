@@ -170,10 +170,9 @@ impl Work for Create {
                 "process.terminal of the configuration differs from the request",
             ));
         }
-        if let Some(mounts) = &self.mounts {
-            reporter.step("attach the pod's mounts");
-            mounts.attach().map_err(call)?;
-        }
+        reporter.step("copy the pod's mounts");
+        let lent = self.mounts.as_ref().map(PodMounts::lend).transpose();
+        let lent = lent.map_err(call)?.unwrap_or_default();
         reporter.step("make the container's cgroup");
         let mut cgroup = coracle_container::cgroup_of(&config, &self.id, true).map_err(container)?;
         let none = LinuxResources::default();
@@ -188,6 +187,7 @@ impl Work for Create {
             bundle,
             config: &config,
             root: self.rootfs.map_or(Root::Path, Root::Detached),
+            lent,
             stdio: self.stdio,
             console: self.tty.then_some(Console::Return),
             start_at: StartAt::Connected(self.start),

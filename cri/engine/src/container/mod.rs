@@ -223,7 +223,7 @@ pub(crate) fn exit_without_monitor(hold: Option<&Hold>) -> Exit {
 }
 
 /// How the process ended, where the kernel keeps that for holders of its descriptor (Linux 6.15).
-fn code_from_kernel(pidfd: impl AsFd) -> Option<i32> {
+pub(crate) fn code_from_kernel(pidfd: impl AsFd) -> Option<i32> {
     pidfd::info(pidfd).ok()?.exit.map(Status::code)
 }
 

@@ -127,7 +127,7 @@ impl Monitor {
         const STEP: &str = "run the command";
         let document = fd::sealed_memfd(c"process", &call.process).step(STEP)?;
         let request = Exec {
-            exec_id: call.exec.clone(),
+            exec_id: call.exec,
             container_id: call.container,
             stdin: call.stdio[0].is_some(),
             stdout: call.stdio[1].is_some(),
@@ -136,15 +136,16 @@ impl Monitor {
             cgroup: call.cgroup.as_ref().map(cgroup_paths).unwrap_or_default(),
             deadline_ms: millis(HELPER - MARGIN),
         };
-        let exit = self.0.link.expect_exec(&call.exec);
         let fds = std::iter::once(document).chain(call.stdio.into_iter().flatten());
-        let answer = self.0.link.request(STEP, request, fds.collect(), HELPER).await?;
-        // The pidfd comes first; an exec is killed with its cgroup.
-        let terminal = answer.fds.into_iter().nth(1);
-        if call.tty && terminal.is_none() {
-            return Err(Error::step(STEP, NoDescriptor));
+        let (answer, expected) = self.0.link.exec(STEP, request, fds.collect(), HELPER).await?;
+        let mut fds = answer.fds.into_iter();
+        match (fds.next(), fds.next()) {
+            (Some(process), terminal) if terminal.is_some() == call.tty => Ok(ExecStarted {
+                exit: expected.of(process),
+                terminal,
+            }),
+            _ => Err(Error::step(STEP, NoDescriptor)),
         }
-        Ok(ExecStarted { exit, terminal })
     }
 
     /// Joins the streams of a container.

@@ -6,22 +6,21 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::sync::Arc;
 use std::time::Duration;
 
 use coracle_kernel::path;
 use coracle_kernel::scm::{self, Kind, Mode};
-use coracle_wire::{Body, Client, FailKind, Incoming, List, MAX_FRAME, WireError};
+use coracle_wire::{Body, Client, Exec, FailKind, Incoming, List, MAX_FRAME, WireError};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
+use super::execs::{Execs, Expected, Waiter};
 use super::process::socket_name;
-use super::words::{Refused, chain, exit, kill_stray, listed, refused};
+use super::words::{Refused, chain, exit, listed, refused};
 use super::{MonitorEvent, tell};
 use crate::error::{Context as _, Error, Result};
 use crate::pod::PodHandle;
@@ -41,8 +40,7 @@ pub(super) struct Link {
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// Who waits for the end of which exec.
-    execs: Mutex<BTreeMap<String, oneshot::Sender<i32>>>,
+    execs: Execs,
     /// Told at each exit of a container.
     exits: Notify,
 }
@@ -51,6 +49,8 @@ struct Shared {
 struct Request {
     body: Body,
     fds: Vec<OwnedFd>,
+    /// Who waits for the end of the exec that this asks for.
+    waiter: Option<Waiter>,
     reply: oneshot::Sender<Result<Answer>>,
 }
 
@@ -59,14 +59,6 @@ struct Request {
 pub(super) struct Answer {
     pub(super) body: Body,
     pub(super) fds: Vec<OwnedFd>,
-}
-
-/// The end of an exec: await it for the exit code.
-#[derive(Debug)]
-pub struct ExecExit {
-    exec: String,
-    code: oneshot::Receiver<i32>,
-    shared: Arc<Shared>,
 }
 
 /// Why a connection ended.
@@ -91,7 +83,7 @@ enum Broken {
 /// The connection broke before the answer came.
 #[derive(Debug, thiserror::Error)]
 #[error("the connection to the monitor broke")]
-struct Lost;
+pub(super) struct Lost;
 
 impl Link {
     /// Begins to serve the connection to a pod's monitor.
@@ -124,10 +116,35 @@ impl Link {
         fds: Vec<OwnedFd>,
         limit: Duration,
     ) -> Result<Answer> {
+        self.ask(step, body.into(), fds, None, limit).await
+    }
+
+    /// Asks for an exec: its answer, and its end.
+    pub(super) async fn exec(
+        &self,
+        step: &'static str,
+        exec: Exec,
+        fds: Vec<OwnedFd>,
+        limit: Duration,
+    ) -> Result<(Answer, Expected)> {
+        let (waiter, expected) = self.shared.execs.expect(&exec.exec_id);
+        let answer = self.ask(step, exec.into(), fds, Some(waiter), limit).await?;
+        Ok((answer, expected))
+    }
+
+    async fn ask(
+        &self,
+        step: &'static str,
+        body: Body,
+        fds: Vec<OwnedFd>,
+        waiter: Option<Waiter>,
+        limit: Duration,
+    ) -> Result<Answer> {
         let (reply, answer) = oneshot::channel();
         let request = Request {
-            body: body.into(),
+            body,
             fds,
+            waiter,
             reply,
         };
         // A service that has ended drops the request, and with it the reply.
@@ -141,43 +158,9 @@ impl Link {
         }
     }
 
-    /// Registers somebody who waits for the end of an exec, before that is begun; dropped, nobody waits any more.
-    pub(super) fn expect_exec(&self, exec: &str) -> ExecExit {
-        let (sender, receiver) = oneshot::channel();
-        self.shared.execs().insert(exec.to_owned(), sender);
-        ExecExit {
-            exec: exec.to_owned(),
-            code: receiver,
-            shared: self.shared.clone(),
-        }
-    }
-
     /// Told when a container exits; ask for it before looking.
     pub(super) fn exits(&self) -> &Notify {
         &self.shared.exits
-    }
-}
-
-impl Shared {
-    fn execs(&self) -> MutexGuard<'_, BTreeMap<String, oneshot::Sender<i32>>> {
-        // Single insertions and removals: a panic leaves nothing half done.
-        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Future for ExecExit {
-    type Output = Result<i32>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.code)
-            .poll(context)
-            .map(|code| code.map_err(|_| Error::step("learn how the command ended", Lost)))
-    }
-}
-
-impl Drop for ExecExit {
-    fn drop(&mut self) {
-        self.shared.execs().remove(&self.exec);
     }
 }
 
@@ -202,8 +185,7 @@ struct Connection {
 impl Service {
     async fn run(mut self) {
         self.keep_connected().await;
-        // Nobody is left who could tell how they end.
-        self.shared.execs().clear();
+        self.shared.execs.clear();
     }
 
     /// Serves one connection after the other, until the monitor is dead or nobody asks it anything any more.
@@ -274,16 +256,7 @@ impl Service {
                 break;
             }
         }
-        // An exec that is not there any more ended while nobody listened.
-        self.shared
-            .execs()
-            .retain(|id, _| execs.iter().any(|exec| exec.exec_id == *id));
-        for exec in execs
-            .iter()
-            .filter(|exec| !self.shared.execs().contains_key(&exec.exec_id))
-        {
-            kill_stray(exec);
-        }
+        self.shared.execs.compare(&execs);
         let (done, compared) = oneshot::channel();
         tell(&self.pod, MonitorEvent::Containers { listed: all, done });
         let reconciled = self.reconciled.clone();
@@ -324,7 +297,7 @@ impl Service {
                 () = dead(&mut self.dead) => return Err(Broken::Dead),
                 ready = ready(connection) => self.turn(connection, ready?)?,
                 request = self.queue.recv(), if connection.outbox.len() < OUTBOX => match request {
-                    Some(request) => connection.take(request),
+                    Some(request) => connection.take(request, &self.shared.execs),
                     // Every handle of this monitor is gone.
                     None => return Err(Broken::Dead),
                 },
@@ -361,11 +334,7 @@ impl Service {
                     },
                 );
             }
-            Body::ExecExited(exited) => {
-                if let Some(waiting) = self.shared.execs().remove(&exited.exec_id) {
-                    let _ = waiting.send(exited.exit.exit_code);
-                }
-            }
+            Body::ExecExited(exited) => self.shared.execs.ended(&exited.exec_id, exited.exit.exit_code),
             Body::LogLost(lost) => {
                 tell(
                     &self.pod,
@@ -395,13 +364,16 @@ impl Connection {
         Ok(answer)
     }
 
-    fn take(&mut self, request: Request) {
+    fn take(&mut self, request: Request, execs: &Execs) {
         // It waited here for longer than its caller.
         if request.reply.is_closed() {
             return;
         }
         match self.client.request(request.body) {
             Ok((id, bytes)) => {
+                if let Some(waiter) = request.waiter {
+                    execs.enter(waiter);
+                }
                 self.outbox.push_back((bytes, request.fds));
                 self.open.insert(id, request.reply);
             }

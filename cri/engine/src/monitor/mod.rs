@@ -5,6 +5,7 @@
 
 mod calls;
 mod client;
+mod execs;
 mod process;
 mod words;
 
@@ -19,7 +20,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-pub use client::ExecExit;
+pub use execs::ExecExit;
 pub(crate) use process::end_unknown;
 pub use process::seal_monitor_program;
 

@@ -6,12 +6,13 @@
 //!
 //! - `conf`: configurations; `watch`: their directories; `template`: one made from the node's pod addresses
 //! - `arguments`: what a pod's request says to plugins
-//! - `plugin`: one run of one plugin; `result`: its answer
+//! - `plugin`: one run of one plugin; `groups`: the cgroup that it has; `result`: its answer
 //! - `state`: what is in force, and whether its plugins are ready
 
 mod arguments;
 mod conf;
 mod error;
+mod groups;
 mod plugin;
 mod result;
 mod state;
@@ -26,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use self::conf::{Chain, Plugin, Version};
+use self::groups::Groups;
 use self::plugin::{Binary, Command, Deadline, UNKNOWN_CONTAINER};
 use self::state::State;
 use crate::{AttachOptions, lock};
@@ -77,6 +79,8 @@ pub(crate) struct CniNetwork {
     state: Mutex<State>,
     /// ADD and DEL hold it to read, GC to write: it must run alone.
     gate: RwLock<()>,
+    /// Where plugins run; none: where we do.
+    groups: Option<Groups>,
 }
 
 impl Default for CniConfig {
@@ -122,9 +126,16 @@ impl CniNetwork {
             config,
             state: Mutex::new(State::new(kept.unwrap_or_default())),
             gate: RwLock::default(),
+            groups: None,
         };
         network.reload();
         network
+    }
+
+    /// Has plugins run in cgroups from now on, and kills what those of an earlier daemon are still doing.
+    pub(crate) fn contain(&mut self, instance: &str) -> coracle_cgroup::Result<()> {
+        self.groups = Some(Groups::take_over(instance)?);
+        Ok(())
     }
 
     /// What a pod will be connected with; nothing has been done yet.
@@ -285,7 +296,15 @@ impl CniNetwork {
             ("CNI_PATH", plugin::dirs_text(&dirs)),
             ("PATH", path()),
         ];
-        Binary::find(&plugin.kind, &dirs)?.run(command, &env, &request(chain, plugin, extra), deadline)
+        let binary = Binary::find(&plugin.kind, &dirs)?;
+        let group = self.groups.as_ref().and_then(Groups::begin);
+        binary.run(
+            command,
+            &env,
+            &request(chain, plugin, extra),
+            deadline,
+            group.as_ref(),
+        )
     }
 
     /// Runs a command that is about no pod.
@@ -302,7 +321,10 @@ impl CniNetwork {
             ("PATH", path()),
         ];
         let binary = Binary::find(&plugin.kind, &self.config.bin_dirs)?;
-        binary.run(command, &env, request, deadline).map(drop)
+        let group = self.groups.as_ref().and_then(Groups::begin);
+        binary
+            .run(command, &env, request, deadline, group.as_ref())
+            .map(drop)
     }
 }
 

@@ -1,8 +1,8 @@
 //! One run of one plugin: a program with a fixed name, an environment from nothing, its request on standard input.
 //!
-//! The program leads a session of its own. What it answers is bounded, and so is its time: past either bound its whole
-//! process group is killed. It does not outlive the daemon either, but what it has started may. What it leaves running
-//! in the background when it has ended is not waited for.
+//! The program leads a session of its own. What it answers is bounded, and so is its time: past either bound it is killed
+//! with all that it has started. It does not outlive the daemon either, and what it has started ends with the next one's
+//! start. What it leaves running in the background when it has ended is not waited for, and stays.
 
 use std::ffi::CString;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -20,6 +20,7 @@ use coracle_kernel::{Error as KernelError, fd};
 use serde::Deserialize;
 
 use super::CniError;
+use super::groups::Group;
 
 /// Most that a plugin may answer.
 const ANSWER_BYTES: usize = 1 << 20;
@@ -126,6 +127,7 @@ impl Binary {
         env: &[(&str, String)],
         request: &[u8],
         deadline: Deadline,
+        group: Option<&Group<'_>>,
     ) -> Result<Vec<u8>, CniError> {
         let kernel = |source: KernelError| CniError::Run {
             plugin: self.name.clone(),
@@ -158,6 +160,11 @@ impl Binary {
         } else {
             Program::Fd(self.file.as_fd())
         };
+        let entrances: Vec<_> = group
+            .iter()
+            .flat_map(|group| &group.cgroup_procs)
+            .map(|procs| procs.as_fd())
+            .collect();
         let child = Spawn {
             env: &env,
             fds: &[
@@ -165,9 +172,14 @@ impl Binary {
                 (answer_writer.as_fd(), 1),
                 (said_writer.as_fd(), 2),
             ],
+            cgroup: group
+                .and_then(|group| group.cgroup.as_ref())
+                .map(|cgroup| cgroup.as_fd()),
+            cgroup_procs: &entrances,
             cwd: Some(root.as_fd()),
             new_session: true,
-            // The next daemon sends DEL, and an ADD that goes on behind its back would undo that.
+            // The next daemon sends DEL, and an ADD that goes on behind its back would undo that. The caller is this thread,
+            // which stays in this call until the plugin has ended.
             dies_with_caller: true,
             ..Spawn::new(program, &args)
         }
@@ -185,6 +197,10 @@ impl Binary {
         if !matches!(end, Ok(End::Ended)) {
             // Its leader is not reaped yet, so the group's number is still its own. Dead already is as good.
             let _ = kill_group(child.pid, Signal::KILL);
+            // What it started may have left its process group.
+            if let Some(group) = group {
+                group.kill();
+            }
         }
         let exit = wait::wait(Id::Pidfd(child.pidfd.as_fd())).map_err(kernel)?;
         let said = talk.said_text();

@@ -83,7 +83,7 @@ fn first(setup: &mut Setup<'_>, init: &mut Init<'_>, link: &mut Link) -> Result<
             "there is no root file system",
         ));
     };
-    let mut rootfs = Rootfs::attach(config, context).at(Step::Rootfs)?;
+    let mut rootfs = Rootfs::attach(config, *context).at(Step::Rootfs)?;
     rootfs.make_mounts().at(Step::Rootfs)?;
     rootfs.make_devices().at(Step::Rootfs)?;
     if !config.hooks.prestart.is_empty() || !config.hooks.create_runtime.is_empty() {

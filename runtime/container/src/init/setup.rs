@@ -54,7 +54,7 @@ pub(crate) struct Init<'a> {
     /// The bundle, absolute.
     pub(crate) bundle: &'a Path,
     /// Where the root comes from and goes to; taken when it is attached.
-    pub(crate) rootfs: Option<Context<'a>>,
+    pub(crate) rootfs: Option<Box<Context<'a>>>,
     /// Offsets of a new time namespace.
     pub(crate) time_offsets: Option<Offsets>,
     /// Ids of a new user namespace.

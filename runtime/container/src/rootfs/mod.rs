@@ -1,7 +1,7 @@
 //! The container's root: built in its own mount namespace by the init, step by step, through descriptors alone.
 //!
 //! ```text
-//! attach          propagation of the old tree; the root mount at its place
+//! attach          propagation of the old tree; what is lent and the root mount at their places
 //! make_mounts     the mounts of the configuration, in their order
 //! make_devices    nodes and links below /dev
 //!                 … createRuntime and createContainer hooks run here …
@@ -28,8 +28,9 @@ mod stage;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use coracle_kernel::creds;
 use coracle_kernel::mount::{self, Depth};
@@ -52,6 +53,15 @@ pub(crate) enum Source {
     Staged,
 }
 
+/// A mount that is attached nowhere, and where in the host's tree the container's binds find it.
+#[derive(Debug)]
+pub struct Lent {
+    /// The mount.
+    pub mount: OwnedFd,
+    /// A directory, absolute.
+    pub at: PathBuf,
+}
+
 /// How the init makes the root its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Entry {
@@ -70,6 +80,8 @@ pub(crate) struct Context<'a> {
     pub(crate) root: &'a Path,
     /// What is put there.
     pub(crate) source: Source,
+    /// What the container's binds find besides the host's mounts.
+    pub(crate) lent: Vec<Lent>,
     /// How it is entered.
     pub(crate) entry: Entry,
 }
@@ -90,6 +102,8 @@ pub(crate) struct Rootfs<'a> {
     root_stat: Stat,
     /// Where the sources of binds were gathered.
     stage: Option<OwnedFd>,
+    /// Binds that were taken before the tree was cut off from the host's, by their index.
+    taken: BTreeMap<usize, OwnedFd>,
     /// Mounts that are filled first and made read-only by [`Rootfs::seal`].
     read_only_later: Vec<OwnedFd>,
 }
@@ -123,10 +137,16 @@ impl<'a> Rootfs<'a> {
         };
         // "/" alone, or shared: then mounts of the host's tree may still have peers outside.
         let is_cut_off = wanted.recursive && wanted.kind != PropagationKind::Shared;
+        let taken = if is_cut_off || stage.is_some() {
+            BTreeMap::new()
+        } else {
+            bind::take(config, &context)?
+        };
         if !is_cut_off {
             // pivot_root refuses a shared parent, and what is mounted below would appear on the host.
             make_parent_private(&place, context.root)?;
         }
+        attach_lent(&context.lent, is_cut_off)?;
         let root = match (context.source, &stage) {
             (Source::Detached(mount), None) => mount,
             (_, Some(stage)) => stage::root(stage)?,
@@ -145,6 +165,7 @@ impl<'a> Rootfs<'a> {
             root,
             root_stat,
             stage,
+            taken,
             read_only_later: Vec::new(),
         })
     }
@@ -197,10 +218,22 @@ impl<'a> Rootfs<'a> {
     }
 }
 
-/// The place of the root in the host's tree; the bundle must not choose another one by a symlink.
-fn open_place(root: &Path) -> Result<OwnedFd> {
+/// A place in the host's tree where something is attached; the bundle must not choose another one by a symlink.
+fn open_place(place: &Path) -> Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW;
-    path::open(root, flags).doing("open the root", || show(root))
+    path::open(place, flags).doing("open the root", || show(place))
+}
+
+/// Attaches what is lent at its places, for this namespace alone.
+fn attach_lent(lent: &[Lent], is_cut_off: bool) -> Result<()> {
+    for Lent { mount, at } in lent {
+        let place = open_place(at)?;
+        if !is_cut_off {
+            make_parent_private(&place, at)?;
+        }
+        mount::attach(mount, &place).doing("attach at", || show(at))?;
+    }
+    Ok(())
 }
 
 /// Makes the mount that `place` lies on private: nothing made on it leaves this namespace.

@@ -19,7 +19,7 @@ use coracle_kernel::path::{self, Kind, OFlags};
 use coracle_spec::{Bind, Config, Mount};
 
 use super::error::{Doing, Result};
-use super::{Context, Source, open_place, show};
+use super::{Context, Source, attach_lent, open_place, show};
 
 /// The name of the root; the others are numbers.
 const ROOT: &str = "root";
@@ -30,6 +30,7 @@ pub(crate) fn gather(config: &Config, context: &mut Context<'_>) -> Result<()> {
     let host = path::open_dir("/").doing("open the root of the host", || "/".into())?;
     mount_attr::set_propagation(&host, Propagation::Slave, true)
         .doing("set the propagation of", || "/".into())?;
+    attach_lent(&std::mem::take(&mut context.lent), true)?;
     let place = open_place(context.root)?;
     let root = match std::mem::replace(&mut context.source, Source::Staged) {
         Source::Detached(mount) => mount,
@@ -70,9 +71,13 @@ pub(super) fn root(stage: &OwnedFd) -> Result<OwnedFd> {
 }
 
 /// The source of a bind; none where it was left to be found by path.
-pub(super) fn bind(stage: &OwnedFd, config: &Config, mount: &Mount) -> Option<OwnedFd> {
-    let index = config.mounts.iter().position(|one| std::ptr::eq(one, mount))?;
+pub(super) fn bind(stage: &OwnedFd, index: usize) -> Option<OwnedFd> {
     path::open_at(stage, index.to_string(), OFlags::PATH).ok()
+}
+
+/// Which of the configuration's mounts it is.
+pub(super) fn index(config: &Config, mount: &Mount) -> Option<usize> {
+    config.mounts.iter().position(|one| std::ptr::eq(one, mount))
 }
 
 /// The absolute source of a bind mount.

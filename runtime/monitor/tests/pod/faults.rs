@@ -7,11 +7,11 @@ use std::time::Duration;
 use coracle_kernel::epoll::{Interest, wait_one};
 use coracle_kernel::signal::Signal;
 use coracle_kernel::{Errno, fd, pidfd, scm};
-use coracle_wire::{Adopt, Body, ContainerState, FailKind, Forget, List, Start, Upgrade};
+use coracle_wire::{Adopt, Body, ContainerState, Exec, FailKind, Forget, List, Start, Upgrade};
 use serde_json::json;
 
 use crate::Case;
-use crate::bundle::{bundle, bundle_with};
+use crate::bundle::{bundle, bundle_with, process};
 use crate::client::{Monitor, pause};
 use crate::look::{children, closed_again, eventually, state};
 
@@ -32,6 +32,10 @@ pub(crate) const ALL: &[Case] = &[
     (
         "hostile_frames_end_the_connection_alone",
         hostile_frames_end_the_connection_alone,
+    ),
+    (
+        "an_exec_whose_asker_is_gone_does_not_stay",
+        an_exec_whose_asker_is_gone_does_not_stay,
     ),
     ("an_upgrade_loses_no_byte", an_upgrade_loses_no_byte),
     ("a_bad_upgrade_changes_nothing", a_bad_upgrade_changes_nothing),
@@ -315,6 +319,32 @@ fn an_upgrade_loses_no_byte() {
         numbered.len(),
         log.len() >> 20
     );
+}
+
+fn an_exec_whose_asker_is_gone_does_not_stay() {
+    let mut monitor = Monitor::begin("asker");
+    let bundle = bundle(&monitor.dir, "c1", "sleep 1000");
+    monitor.create("c1", &bundle);
+    monitor.start("c1");
+    let (pid, before) = (monitor.child.pid, children(monitor.child.pid));
+    // It finds the request and another connection at the same time: it is begun, and nobody is left to be answered.
+    pidfd::send_signal(&monitor.child.pidfd, Signal::STOP).unwrap();
+    let process = process(&["/bin/sleep", "1000"]).to_string();
+    let process = fd::sealed_memfd(c"process", process.as_bytes()).unwrap();
+    let exec = Exec {
+        exec_id: "e1".into(),
+        container_id: "c1".into(),
+        ..Default::default()
+    };
+    monitor.send(exec, &[&process]);
+    let place: OwnedFd = std::fs::File::open(&monitor.dir).unwrap().into();
+    let rival = scm::connect(&place, "m.sock", scm::Kind::Seqpacket, scm::Mode::Blocking).unwrap();
+    pidfd::send_signal(&monitor.child.pidfd, Signal::CONT).unwrap();
+    monitor.reconnect();
+    drop(rival);
+    // The helper is gone, and the process that it made.
+    eventually("a process of nobody lives on", || children(pid) == before);
+    assert_eq!(state(&mut monitor, "c1"), Some(ContainerState::Running));
 }
 
 fn a_bad_upgrade_changes_nothing() {

@@ -189,8 +189,24 @@ fn dial(server: &OwnedFd, to: (&str, u16)) -> io::Result<String> {
 
 /// The same by UDP, from `client`.
 fn ask(server: &OwnedFd, client: &UdpSocket, to: (&str, u16)) -> io::Result<String> {
-    let socket = inside(server, || UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 80)).unwrap());
+    let socket = inside(server, || bind_again((Ipv6Addr::UNSPECIFIED, 80)));
     ask_socket(&socket, client, to)
+}
+
+/// Binds a port that another socket had a moment ago: a child of another test holds that too, until it executes its
+/// program.
+fn bind_again(address: (Ipv6Addr, u16)) -> UdpSocket {
+    let begun = Instant::now();
+    loop {
+        match UdpSocket::bind(address) {
+            Err(error)
+                if error.kind() == ErrorKind::AddrInUse && begun.elapsed() < Duration::from_secs(10) =>
+            {
+                std::thread::yield_now();
+            }
+            bound => return bound.unwrap(),
+        }
+    }
 }
 
 fn ask_socket(socket: &UdpSocket, client: &UdpSocket, to: (&str, u16)) -> io::Result<String> {

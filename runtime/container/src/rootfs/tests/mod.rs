@@ -55,6 +55,7 @@ impl Bundle {
             bundle: &self.base,
             root,
             source: Source::Path,
+            lent: Vec::new(),
             entry,
         }
     }

@@ -1,0 +1,203 @@
+//! Cgroups of plugins that run: whatever a plugin has started is found by them, also by the next daemon.
+//!
+//! Each run has a group below `/coracle/<instance>/plugins`, and that is removed at the run's end. What a plugin has left
+//! in the background by then is meant to stay, and is moved to `/coracle/<instance>/helpers`. So what is below `plugins`
+//! when a daemon starts belongs to runs that had not ended: it is killed before the daemon sends anything, or it would
+//! go on making behind the back of a DEL what nobody takes down any more.
+
+use std::os::fd::OwnedFd;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use coracle_cgroup::{Host, Manager, Placement};
+use coracle_kernel::clone::own_pid;
+
+use crate::lock;
+
+/// How long what is killed may take to be gone. After that it can do no more than end the system call that it is in.
+const KILL_TIME: Duration = Duration::from_secs(5);
+
+/// How long the last process of a run may take to be gone from the group: it has ended already.
+const EMPTY_TIME: Duration = Duration::from_secs(1);
+
+/// How often a group is looked through for what is to stay: what forks meanwhile is found the next time.
+const MOVES: usize = 100;
+
+/// Numbers the runs of this process.
+static NEXT: AtomicU64 = AtomicU64::new(0);
+
+/// The groups of an instance's plugins.
+pub(super) struct Groups {
+    host: Host,
+    instance: String,
+    /// The group above those of the runs, once there was a run.
+    plugins: Mutex<Option<Box<dyn Manager>>>,
+}
+
+/// The group of one run. Dropped at its end: what is in it still is let go.
+pub(super) struct Group<'a> {
+    groups: &'a Groups,
+    manager: Box<dyn Manager>,
+    /// The cgroup v2 directory that the plugin is born in.
+    pub(super) cgroup: Option<OwnedFd>,
+    /// `cgroup.procs` files of v1 hierarchies that it writes itself to.
+    pub(super) cgroup_procs: Vec<OwnedFd>,
+}
+
+impl Groups {
+    /// Kills what the plugins of an earlier daemon of this instance are still doing. Blocks.
+    pub(super) fn take_over(instance: &str) -> coracle_cgroup::Result<Groups> {
+        let host = Host::detect()?;
+        if !coracle_cgroup::end_plugins(&host, instance, KILL_TIME)? {
+            tracing::warn!("CNI plugins of an earlier daemon are killed and do not end");
+        }
+        Ok(Groups {
+            host,
+            instance: instance.to_owned(),
+            plugins: Mutex::default(),
+        })
+    }
+
+    /// The group of a run that is about to begin; none where it cannot be made, and is told.
+    pub(super) fn begin(&self) -> Option<Group<'_>> {
+        // Unlike those of a daemon whose processes could not be killed.
+        let name = format!("{}-{}", own_pid(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let made = self.make(&name).or_else(|_| {
+            // Somebody may have removed the one above.
+            *lock(&self.plugins) = None;
+            self.make(&name)
+        });
+        made.inspect_err(|error| {
+            tracing::warn!(%error, "a CNI plugin runs in the daemon's own cgroup");
+        })
+        .ok()
+    }
+
+    fn make(&self, name: &str) -> coracle_cgroup::Result<Group<'_>> {
+        let mut plugins = lock(&self.plugins);
+        let above = match &mut *plugins {
+            Some(above) => above,
+            none => none.insert(coracle_cgroup::make_plugins(&self.host, &self.instance)?),
+        };
+        let manager = above.sub_group(name)?;
+        let (cgroup, cgroup_procs) = match manager.place()? {
+            Placement::Into(directory) => (Some(directory), Vec::new()),
+            Placement::AfterClone => (None, manager.entrances()?),
+        };
+        Ok(Group {
+            groups: self,
+            manager,
+            cgroup,
+            cgroup_procs,
+        })
+    }
+}
+
+impl Group<'_> {
+    /// Kills everything that the run has started.
+    pub(super) fn kill(&self) {
+        if let Err(error) = self.manager.kill(KILL_TIME) {
+            tracing::warn!(%error, "cannot kill what a CNI plugin has started");
+        }
+    }
+
+    fn end(&mut self) -> coracle_cgroup::Result<()> {
+        for _ in 0..MOVES {
+            let left = self.manager.pids()?;
+            if left.is_empty() {
+                break;
+            }
+            let helpers = coracle_cgroup::make_helpers(&self.groups.host, &self.groups.instance)?;
+            for pid in left {
+                // It may have ended meanwhile; whatever else it is, it stays and is told below.
+                let _ = helpers.add(pid);
+            }
+        }
+        self.manager.remove(EMPTY_TIME)
+    }
+}
+
+impl Drop for Group<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            tracing::warn!(%error, "the cgroup of a CNI plugin stays");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command};
+
+    use super::*;
+
+    struct Instance(String);
+
+    impl Instance {
+        fn new() -> Instance {
+            static UNIQUE: AtomicU64 = AtomicU64::new(0);
+            let number = UNIQUE.fetch_add(1, Ordering::Relaxed);
+            Instance(format!("coracle-test-{}-{number}", own_pid()))
+        }
+    }
+
+    impl Drop for Instance {
+        fn drop(&mut self) {
+            let host = Host::detect().unwrap();
+            assert!(coracle_cgroup::remove_own(&host, &self.0).unwrap());
+        }
+    }
+
+    fn begun(groups: &Groups) -> Option<Group<'_>> {
+        let group = groups.begin().filter(|group| group.manager.exists());
+        if group.is_none() {
+            eprintln!("SKIPPED: no cgroups here, or no right to make one");
+        }
+        group
+    }
+
+    fn sleeper(group: &Group<'_>) -> Child {
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        group.manager.add(child.id().cast_signed()).unwrap();
+        child
+    }
+
+    fn ended(mut child: Child) {
+        // Killed already, or this would be what ends it.
+        assert!(!child.wait().unwrap().success());
+    }
+
+    #[test]
+    fn what_had_not_ended_is_killed_by_the_next_daemon_and_what_was_left_is_not() {
+        let instance = Instance::new();
+        let groups = Groups::take_over(&instance.0).unwrap();
+        let Some(over) = begun(&groups) else { return };
+        let mut helper = sleeper(&over);
+        drop(over);
+        let running = groups.begin().unwrap();
+        let (first, second) = (sleeper(&running), sleeper(&running));
+        // A daemon that dies drops nothing.
+        std::mem::forget(running);
+        let next = Groups::take_over(&instance.0).unwrap();
+        ended(first);
+        ended(second);
+        assert!(helper.try_wait().unwrap().is_none(), "the helper was killed");
+        drop(next.begin().unwrap());
+        helper.kill().unwrap();
+        helper.wait().unwrap();
+    }
+
+    #[test]
+    fn groups_that_somebody_removes_are_made_anew() {
+        let instance = Instance::new();
+        let groups = Groups::take_over(&instance.0).unwrap();
+        let Some(run) = begun(&groups) else { return };
+        drop(run);
+        coracle_cgroup::remove_own(&Host::detect().unwrap(), &instance.0).unwrap();
+        let run = groups.begin().unwrap();
+        let child = sleeper(&run);
+        run.kill();
+        ended(child);
+    }
+}
