@@ -8,6 +8,7 @@ use coracle_proto::cri::ReopenContainerLogRequest;
 
 crate::tests![
     format_of_the_lines,
+    a_directory_that_nobody_made_is_made,
     rotation_under_a_writer_loses_no_line,
     reopen_of_an_exited_container_makes_no_file
 ];
@@ -54,6 +55,25 @@ async fn format_of_the_lines() -> Result<()> {
         stdout
     );
     ensure!(stderr == "two\n", "{stderr:?}");
+    node.finish().await
+}
+
+async fn a_directory_that_nobody_made_is_made() -> Result<()> {
+    let node = Node::with_busybox(Options::default()).await?;
+    let config = request::pod("by-hand", &node.logs);
+    let answer = node.runtime().run_pod_sandbox(request::run(&config)).await?;
+    let pod = answer.into_inner().pod_sandbox_id;
+    let mut container = request::container("main", "echo begun");
+    container.log_path = "main/0.log".into();
+    let answer = node
+        .runtime()
+        .create_container(request::create(&pod, &container, &config))
+        .await?;
+    let id = answer.into_inner().container_id;
+    node.start_container(&id).await?;
+    let status = node.wait_exit(&id, Duration::from_secs(10)).await?;
+    let log = std::fs::read_to_string(&status.log_path)?;
+    ensure!(log.ends_with("begun\n"), "{log:?}");
     node.finish().await
 }
 

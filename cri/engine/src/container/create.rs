@@ -17,7 +17,7 @@ use crate::error::{Context as _, Error, Result};
 use crate::failpoint;
 use crate::monitor::{CreateCall, Monitor};
 use crate::pod::{Change, PodHandle};
-use crate::record::ContainerPhase;
+use crate::record::{ContainerPhase, ContainerRecord};
 use crate::spec_gen::{self, Generated, ImageProcess, Inputs, PodNamespaces};
 use crate::view::{ContainerView, PodView};
 
@@ -89,7 +89,7 @@ async fn make(pod: &PodHandle, view: &ContainerView) -> Result<()> {
         pod,
         &pod_view,
         view,
-        &record.cgroup,
+        &record,
         &image.config,
         &monitor,
         rootfs,
@@ -170,7 +170,7 @@ async fn bundle(
     pod: &PodHandle,
     pod_view: &Arc<PodView>,
     view: &ContainerView,
-    cgroup: &str,
+    record: &ContainerRecord,
     image: &coracle_image::ImageConfig,
     monitor: &Monitor,
     rootfs: OwnedFd,
@@ -185,18 +185,18 @@ async fn bundle(
     };
     let namespaces = namespaces(pod, view, monitor)?;
     let files = core.paths.pod_files(pod.id(), &pod_view.config);
-    let (pod_view, config, cgroup) = (pod_view.clone(), view.config.clone(), cgroup.to_owned());
-    let (handle, sandbox_id, id) = (pod.clone(), pod.id().to_owned(), view.record.id.clone());
+    let (pod_view, config, record) = (pod_view.clone(), view.config.clone(), record.clone());
+    let (handle, sandbox_id) = (pod.clone(), pod.id().to_owned());
     blocking(move || {
         let gathered = gather(&config, &rootfs)?;
         let inputs = Inputs {
             sandbox_id: &sandbox_id,
             pod: &pod_view.config,
-            container_id: &id,
+            container_id: &record.id,
             container: &config,
             image: &process,
             users: &gathered.users,
-            cgroup_path: &cgroup,
+            cgroup_path: &record.cgroup,
             namespaces: &namespaces,
             files: &files,
             mounts: &gathered.mounts,
@@ -206,7 +206,11 @@ async fn bundle(
             defaults: &core.config.defaults,
         };
         let generated = spec_gen::generate(&inputs)?;
-        let bundle = core.paths.bundle(&sandbox_id, &id);
+        if let Some(directory) = std::path::Path::new(&record.log_path).parent() {
+            // A kubelet has made it; who types a request by hand has not.
+            std::fs::create_dir_all(directory).step("make the directory of the log")?;
+        }
+        let bundle = core.paths.bundle(&sandbox_id, &record.id);
         write_bundle(&bundle, &generated.config).step("write the bundle")?;
         if let Err(given_up) = handle.check_not_stopping() {
             remove_dir(&bundle).step("remove the container's bundle")?;

@@ -99,7 +99,12 @@ async fn kill(pod: &PodHandle, id: &str, hold: &Hold) -> Result<()> {
     let cgroup = cgroup_manager(pod.core().cgroups.clone(), location).await?;
     let killed = blocking(move || cgroup.kill(KILL_TIME)).await?;
     if let Err(error) = killed {
-        warn!(container = id, %error, "not everything in the cgroup was killed");
+        let error = Error::step("kill the cgroup", error);
+        warn!(
+            container = id,
+            error = error.chain(),
+            "not everything in the cgroup was killed"
+        );
     }
     Ok(())
 }

@@ -265,6 +265,19 @@ fn an_overloaded_server_is_asked_again_and_a_dead_mirror_is_passed_over() {
 }
 
 #[test]
+fn what_the_mirrors_said_is_told_behind_the_registry_s_own_answer() {
+    let (mirror, _seen) = registry(|_, _| status("404 Not Found", ""));
+    let (address, _seen) = registry(|_, _| status("403 Forbidden", ""));
+    let servers = vec![endpoint(&mirror), endpoint(&address)];
+    let (_, outcome) = fetch(servers, Credentials::Anonymous, manifest("v1"));
+    assert_eq!(kind(&outcome), FailureKind::Denied);
+    let text = outcome.unwrap_err().to_string();
+    let of_registry = text.find(&format!("http://{address}/")).expect(&text);
+    let of_mirror = text.find(&format!("http://{mirror}/")).expect(&text);
+    assert!(of_registry < of_mirror, "{text}");
+}
+
+#[test]
 fn a_token_is_fetched_with_the_password_and_sent_to_the_registry_alone() {
     let (other, other_seen) = registry(|_, _| ok("", "blob"));
     let (tokens, tokens_seen) = registry(|_, _| ok("", r#"{"token":"good"}"#));

@@ -108,7 +108,8 @@ impl Servers {
         })
     }
 
-    /// Asks each server in turn; the last failure is told, a refusal or absence before an unreachable mirror.
+    /// Asks each server in turn. The last one's failure, which is the registry's own, says what kind it is, and the
+    /// mirrors' are told behind it.
     async fn fetch(&self, request: &Request, pipe: pipe::Sender) -> Outcome {
         let (path, tag) = match request {
             Request::Manifest { reference } => (
@@ -118,18 +119,28 @@ impl Servers {
             Request::Blob { digest, .. } => (format!("/v2/{}/blobs/{digest}", self.repository), false),
         };
         let mut body = Body::new(request, pipe);
-        let mut failure = Failure::new(
-            FailureKind::Unavailable,
-            "no server is configured that may be asked",
-        );
+        let mut failures: Vec<Failure> = Vec::new();
         for server in self.servers.iter().filter(|s| s.resolves_tags() || !tag) {
             match fetch_from(server, &path, request, &mut body).await {
                 Ok(head) => return Ok(head),
-                Err(error) => failure = error,
+                Err(failure) => failures.push(failure),
             }
         }
-        Err(failure)
+        Err(told(&failures))
     }
+}
+
+/// The failures of all servers as one.
+fn told(failures: &[Failure]) -> Failure {
+    let Some((last, mirrors)) = failures.split_last() else {
+        let why = "no server is configured that may be asked";
+        return Failure::new(FailureKind::Unavailable, why);
+    };
+    let mut message = last.message.clone();
+    for mirror in mirrors {
+        message = format!("{message}; before that, {mirror}");
+    }
+    Failure::new(last.kind, message)
 }
 
 /// Up to five attempts at one server; a body that broke off is taken up where it ended.

@@ -53,6 +53,14 @@ pub(super) fn wait(dir: &Dir, frozen: bool, timeout: Duration) -> Result<bool> {
     }
 }
 
+/// Freezes for a kill, which goes on when that takes long. False: the group was removed meanwhile, and so was empty.
+pub(super) fn hold_still(dir: &Dir) -> Result<bool> {
+    match freeze(dir).and_then(|()| wait(dir, true, LOOK_AGAIN_MAX)) {
+        Err(error) if matches!(error.errno(), Some(Errno::ENOENT | Errno::ENODEV)) => Ok(false),
+        other => other.map(|_| true),
+    }
+}
+
 /// Takes the group and what is below it out of the freezer.
 pub(super) fn thaw_all(dir: &Dir) -> Result<()> {
     dir.for_each_below(|dir| match dir.write_raw("freezer.state", "THAWED") {

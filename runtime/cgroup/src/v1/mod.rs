@@ -314,15 +314,9 @@ impl Manager for Group {
             // alive: the next round finds what was forked meanwhile.
             if let Some(freezer) = freezer
                 && round > 0
+                && !freezer::hold_still(freezer)?
             {
-                match freezer::freeze(freezer) {
-                    Ok(()) => freezer::wait(freezer, true, freezer::LOOK_AGAIN_MAX)?,
-                    // Removed meanwhile: then it was empty.
-                    Err(error) if matches!(error.errno(), Some(Errno::ENOENT | Errno::ENODEV)) => {
-                        return Ok(());
-                    }
-                    Err(error) => return Err(error),
-                };
+                return Ok(());
             }
             let found = signal::kill_all(dir)?;
             if let Some(freezer) = freezer {

@@ -201,6 +201,22 @@ fn a_forking_crowd_is_killed_and_a_sub_group_dies_alone() {
 }
 
 #[test]
+fn a_group_that_is_removed_while_it_is_frozen_is_no_failure() {
+    let Some(host) = real() else { return };
+    for _ in 0..200 {
+        let location = place();
+        let _cleanup = Cleanup(&host, location.clone());
+        let mut group = Group::new(host.clone(), location, Options::default()).unwrap();
+        group.create(&LinuxResources::default()).unwrap();
+        let freezer = group.leaf("freezer").unwrap().dir.clone();
+        std::thread::scope(|scope| {
+            scope.spawn(|| group.remove(PATIENCE).unwrap());
+            freezer::hold_still(&freezer).unwrap();
+        });
+    }
+}
+
+#[test]
 fn an_oom_kill_is_told_and_counted() {
     let Some(host) = real() else { return };
     let location = place();
