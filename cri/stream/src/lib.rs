@@ -136,7 +136,8 @@ pub struct Limits {
     pub handshake: Duration,
     /// How long nothing may go either way.
     pub idle: Duration,
-    /// How long after the exit of a process others that have its output open are still read.
+    /// How long after the exit of a process others that have its output open are still read, and how long a pod that
+    /// sends no more may take what was sent to it.
     pub drain: Duration,
 }
 

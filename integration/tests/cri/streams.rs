@@ -106,12 +106,12 @@ impl Stage {
     /// Forwards ports of the pod, in one session, from free ones of the host.
     pub(crate) async fn forward(&self, transport: &str, ports: &[u16]) -> Result<Forward> {
         let url = forward_url(&self.node, &self.pod, &[]).await?;
-        self.forward_to(&url, transport, ports).await
+        self.forward_to(&url, &[transport], ports).await
     }
 
     /// The same on a URL that there is.
-    pub(crate) async fn forward_to(&self, url: &str, transport: &str, ports: &[u16]) -> Result<Forward> {
-        let mut command = self.driver("portforward", &[transport], url);
+    pub(crate) async fn forward_to(&self, url: &str, flags: &[&str], ports: &[u16]) -> Result<Forward> {
+        let mut command = self.driver("portforward", flags, url);
         command.args(ports.iter().map(|port| format!(":{port}")));
         let mut child = command.stdin(Stdio::piped()).spawn()?;
         let mut lines = lines_of(child.stdout.take())?;
