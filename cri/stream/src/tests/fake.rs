@@ -185,6 +185,7 @@ impl Fixture {
 
 pub(super) fn exec(script: &str, tty: bool, stdin: bool) -> StreamRequest {
     StreamRequest::Exec(ExecRequest {
+        pod: "pod".to_owned(),
         container: "container".to_owned(),
         command: ["sh", "-c", script].map(str::to_owned).to_vec(),
         tty,
@@ -196,11 +197,7 @@ pub(super) fn exec(script: &str, tty: bool, stdin: bool) -> StreamRequest {
 
 #[tokio::test]
 async fn requests_that_cannot_be_get_no_url() {
-    let fixture = Fixture::with(Limits {
-        tokens: 1,
-        ..Limits::default()
-    })
-    .await;
+    let fixture = Fixture::start().await;
     let refused = |change: fn(&mut ExecRequest)| {
         let mut request = ExecRequest {
             container: "c".to_owned(),
@@ -226,5 +223,4 @@ async fn requests_that_cannot_be_get_no_url() {
     let (_, token) = url.rsplit_once('/').unwrap();
     assert!(url.starts_with("http://127.0.0.1:") && url.contains("/portforward/"));
     assert_eq!(token.len(), 64);
-    assert_eq!(refused(|_| {}), Refused::TooMany(1));
 }
