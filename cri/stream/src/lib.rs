@@ -8,7 +8,8 @@
 //! are bounded, and a session that breaks a rule ends alone. When a session ends, for whatever reason, everything that
 //! belongs to it is dropped: the process sees that by its descriptors.
 //!
-//! The protocols (`spdy`, `ws`, `resize`) take bytes and give events; `link` and `writer` are the socket around them.
+//! The protocols (`spdy`, `ws`, `resize`) take bytes and give events; `link` and `writer` are the socket around them,
+//! which `transport` makes one of TCP or of TLS.
 
 mod link;
 mod negotiate;
@@ -20,7 +21,9 @@ mod session;
 mod shares;
 mod spdy;
 mod status;
+mod tls;
 mod token;
+mod transport;
 mod writer;
 mod ws;
 
@@ -33,6 +36,7 @@ use tokio::sync::oneshot;
 
 pub use crate::server::{Refused, Server};
 pub use crate::shares::Exhausted;
+pub use crate::tls::{Tls, TlsError};
 
 /// A command to be run in a container.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -19,11 +19,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
-use crate::link::Link;
+use crate::link::{Gone, Link};
 use crate::negotiate::{Protocol, Refusal, negotiate};
 use crate::session::{self, Command};
 use crate::shares::{Exhausted, Shares};
+use crate::tls::Tls;
 use crate::token::{self, Granted, Tokens};
+use crate::transport::Socket;
 use crate::{AttachRequest, ExecRequest, Limits, Sessions, StreamRequest, portforward};
 
 /// Most bytes of a request's head; the kubelet passes on what an API server and its proxies have added.
@@ -60,6 +62,7 @@ pub enum Refused {
 struct Shared<S> {
     sessions: Arc<S>,
     limits: Limits,
+    tls: Option<Tls>,
     tokens: Tokens,
     /// Sessions, and URLs that wait for theirs.
     places: Arc<Shares>,
@@ -77,8 +80,13 @@ struct Upgrade {
 }
 
 impl<S: Sessions> Server<S> {
-    /// Listens on an address; port 0 is any free port.
-    pub async fn bind(address: SocketAddr, limits: Limits, sessions: Arc<S>) -> io::Result<Server<S>> {
+    /// Listens on an address; port 0 is any free port. Without TLS, whoever sees what goes there sees everything.
+    pub async fn bind(
+        address: SocketAddr,
+        tls: Option<Tls>,
+        limits: Limits,
+        sessions: Arc<S>,
+    ) -> io::Result<Server<S>> {
         let listener = TcpListener::bind(address).await?;
         Ok(Server {
             address: listener.local_addr()?,
@@ -86,6 +94,7 @@ impl<S: Sessions> Server<S> {
             shared: Arc::new(Shared {
                 sessions,
                 limits,
+                tls,
                 tokens: Tokens::new(limits.token_life),
                 places: Shares::new("streaming sessions", limits.sessions, limits.sessions_of_one),
                 bytes: Shares::new(
@@ -115,7 +124,8 @@ impl<S: Sessions> Server<S> {
         ];
         let issued = shared.tokens.issue(Granted { request, place }, now);
         let token = issued.map_err(|e| Refused::Random(e.kind()))?;
-        Ok(format!("http://{}/{path}/{token}", self.address))
+        let scheme = if shared.tls.is_some() { "https" } else { "http" };
+        Ok(format!("{scheme}://{}/{path}/{token}", self.address))
     }
 
     /// Serves until `shutdown` is there; then every session is dropped.
@@ -166,12 +176,20 @@ async fn connection<S: Sessions>(shared: Arc<Shared<S>>, socket: TcpStream, mut 
     });
     // One request a connection: every answer but an upgrade has "Connection: close". With `keep_alive(false)` the
     // upgrade would have it too, which Go's clients do not take.
-    let http = http1::Builder::new()
-        .max_headers(MOST_HEADERS)
-        .max_buf_size(MOST_HEAD)
-        .timer(TokioTimer::new())
-        .serve_connection(TokioIo::new(socket), service)
-        .with_upgrades();
+    let http = async {
+        let socket = match &shared.tls {
+            Some(Tls(acceptor)) => Socket::Tls(Box::new(acceptor.accept(socket).await?)),
+            None => Socket::Plain(socket),
+        };
+        http1::Builder::new()
+            .max_headers(MOST_HEADERS)
+            .max_buf_size(MOST_HEAD)
+            .timer(TokioTimer::new())
+            .serve_connection(TokioIo::new(socket), service)
+            .with_upgrades()
+            .await?;
+        Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())
+    };
     let http = tokio::time::timeout(shared.limits.handshake, http);
     let served = tokio::select! {
         served = http => served,
@@ -222,7 +240,7 @@ fn accept<S>(shared: &Shared<S>, mut request: Request<Incoming>) -> Result<(Answ
 }
 
 impl Upgrade {
-    async fn serve<S: Sessions>(self, shared: &Shared<S>) -> Result<(), crate::link::Gone> {
+    async fn serve<S: Sessions>(self, shared: &Shared<S>) -> Result<(), Gone> {
         let Upgrade {
             upgrade,
             protocol,
@@ -233,23 +251,23 @@ impl Upgrade {
         let Ok(upgraded) = upgrade.await else {
             return Ok(());
         };
-        let Ok(parts) = upgraded.downcast::<TokioIo<TcpStream>>() else {
+        let Ok(parts) = upgraded.downcast::<TokioIo<Socket>>() else {
             return Ok(());
         };
         let socket = parts.io.into_inner();
-        let link = |streams| Link::new(socket, &parts.read_buf, protocol.wire, streams);
+        let link = |streams| Link::new(socket, &parts.read_buf, protocol.wire, streams).map_err(Gone::Socket);
         let (sessions, limits) = (&shared.sessions, &shared.limits);
         match &request {
             StreamRequest::PortForward(request) => {
-                let link = link(portforward::MOST_STREAMS);
+                let link = link(portforward::MOST_STREAMS)?;
                 portforward::serve(link, request, Arc::clone(sessions), limits).await
             }
             StreamRequest::Exec(request) => {
-                let link = link(session::MOST_STREAMS);
+                let link = link(session::MOST_STREAMS)?;
                 session::serve(link, &protocol, Command::Exec(request), &**sessions, limits).await
             }
             StreamRequest::Attach(request) => {
-                let link = link(session::MOST_STREAMS);
+                let link = link(session::MOST_STREAMS)?;
                 session::serve(link, &protocol, Command::Attach(request), &**sessions, limits).await
             }
         }

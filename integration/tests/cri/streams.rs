@@ -60,10 +60,19 @@ impl Stage {
 
     /// The same with a container of the test's own.
     pub(crate) async fn with(name: &str, container: &ContainerConfig) -> Result<Option<Stage>> {
+        Stage::on(name, container, Options::default()).await
+    }
+
+    /// The same on a node of the test's own.
+    pub(crate) async fn on(
+        name: &str,
+        container: &ContainerConfig,
+        options: Options,
+    ) -> Result<Option<Stage>> {
         let Some(driver) = daemon::program("STREAMER") else {
             return Ok(None);
         };
-        let node = Node::with_busybox(Options::default()).await?;
+        let node = Node::with_busybox(options).await?;
         let config = request::pod(name, &node.logs);
         let pod = node.run_pod(&config).await?;
         let id = node.run_container(&pod, container, &config).await?;

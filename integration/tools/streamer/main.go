@@ -37,6 +37,7 @@ type options struct {
 	timeout    time.Duration
 	disconnect time.Duration
 	old        bool
+	ca         string
 }
 
 func main() {
@@ -53,6 +54,7 @@ func main() {
 	flags.DurationVar(&o.timeout, "timeout", 0, "give up after this long")
 	flags.DurationVar(&o.disconnect, "disconnect", 0, "leave after this long, with exit code 0")
 	flags.BoolVar(&o.old, "old", false, "forward as clients before Kubernetes 1.32 do, which reset no stream")
+	flags.StringVar(&o.ca, "ca", "", "trust what the authorities in this file have signed, and no other")
 	_ = flags.Parse(os.Args[2:])
 	if flags.NArg() < 1 {
 		usage()
@@ -115,7 +117,7 @@ func stream(target *url.URL, o options) error {
 }
 
 func newExecutor(target *url.URL, o options) (remotecommand.Executor, error) {
-	config := &rest.Config{Host: target.Host}
+	config := &rest.Config{Host: target.Host, TLSClientConfig: rest.TLSClientConfig{CAFile: o.ca}}
 	name := protocolName(o.protocol)
 	switch o.transport {
 	case "spdy":
@@ -199,7 +201,7 @@ func forward(target *url.URL, o options, ports []string) error {
 }
 
 func newDialer(target *url.URL, o options) (httpstream.Dialer, error) {
-	config := &rest.Config{Host: target.Host}
+	config := &rest.Config{Host: target.Host, TLSClientConfig: rest.TLSClientConfig{CAFile: o.ca}}
 	switch o.transport {
 	case "spdy":
 		transport, upgrader, err := spdy.RoundTripperFor(config)

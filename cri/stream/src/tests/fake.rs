@@ -12,7 +12,7 @@ use tokio::sync::{oneshot, watch};
 
 use crate::{
     AttachRequest, ExecRequest, Limits, PortForwardRequest, Process, Refused, Server, SessionError, Sessions,
-    StreamRequest,
+    StreamRequest, Tls,
 };
 
 /// Runs commands.
@@ -146,9 +146,15 @@ impl Fixture {
     }
 
     pub(super) async fn with(limits: Limits) -> Fixture {
+        Fixture::over(limits, None).await
+    }
+
+    pub(super) async fn over(limits: Limits, tls: Option<Tls>) -> Fixture {
         let local = Local::new();
         let address = (Ipv4Addr::LOCALHOST, 0).into();
-        let server = Server::bind(address, limits, Arc::clone(&local)).await.unwrap();
+        let server = Server::bind(address, tls, limits, Arc::clone(&local))
+            .await
+            .unwrap();
         let server = Arc::new(server);
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = Arc::clone(&server);

@@ -12,7 +12,7 @@ use crate::Limits;
 const PROTOCOL: &str = "portforward.k8s.io";
 
 /// A listener whose connections are given to a function.
-async fn listen<F, R>(serve: F) -> u16
+pub(super) async fn listen<F, R>(serve: F) -> u16
 where
     F: Fn(TcpStream) -> R + Send + 'static,
     R: Future<Output = ()> + Send + 'static,
@@ -27,14 +27,14 @@ where
     port
 }
 
-async fn echo(mut socket: TcpStream) {
+pub(super) async fn echo(mut socket: TcpStream) {
     let (mut read, mut write) = socket.split();
     let _ = tokio::io::copy(&mut read, &mut write).await;
     let _ = write.shutdown().await;
 }
 
 /// Opens the pair of one connection: (error, data).
-async fn pair(client: &mut Spdy, port: u16, id: u32) -> (u32, u32) {
+pub(super) async fn pair(client: &mut Spdy, port: u16, id: u32) -> (u32, u32) {
     let (port, id) = (port.to_string(), id.to_string());
     let headers = |kind| {
         [
@@ -49,7 +49,7 @@ async fn pair(client: &mut Spdy, port: u16, id: u32) -> (u32, u32) {
 }
 
 /// Reads frames until these streams are over; the data of each.
-async fn until_over(client: &mut Spdy, streams: &[u32]) -> Vec<Vec<u8>> {
+pub(super) async fn until_over(client: &mut Spdy, streams: &[u32]) -> Vec<Vec<u8>> {
     let mut got = vec![Vec::new(); streams.len()];
     let mut over = vec![false; streams.len()];
     while over.contains(&false) {
