@@ -240,11 +240,11 @@ impl Engine {
         container::exec_sync(pod, id, request.cmd, request.timeout).await
     }
 
-    /// Whether a command could be run in this container, or a session attach to it; its full id.
-    pub fn check_running(&self, id: &str) -> Result<String> {
+    /// Whether a command could be run in this container, or a session attach to it; its full id, and its pod's.
+    pub fn check_running(&self, id: &str) -> Result<(String, String)> {
         self.0.check_running()?;
         let (id, pod) = self.0.registry.container(id)?;
-        container::check_running(&pod, &id).map(|()| id)
+        container::check_running(&pod, &id).map(|()| (id, pod.id().to_owned()))
     }
 
     /// Runs a command in a running container, with streams that the caller copies.

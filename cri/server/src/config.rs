@@ -132,8 +132,13 @@ pub(crate) enum NetworkMode {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Stream {
-    /// Where sessions are served: a loopback address of the node, which its kubelet connects to; port 0 is any free one.
+    /// Where sessions are served, an address of the node that its kubelet connects to: a loopback address unless there
+    /// is a certificate; port 0 is any free one.
     pub(crate) address: SocketAddr,
+    /// PEM file with the certificate for that address, and those that lead to its authority; empty: no TLS.
+    pub(crate) tls_cert: PathBuf,
+    /// PEM file with its private key, which only root may read.
+    pub(crate) tls_key: PathBuf,
 }
 
 /// `[defaults]`.
@@ -192,6 +197,8 @@ impl Default for Stream {
     fn default() -> Self {
         Self {
             address: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            tls_cert: PathBuf::new(),
+            tls_key: PathBuf::new(),
         }
     }
 }
@@ -276,16 +283,32 @@ impl Config {
             self.runtime.cgroup_driver != CgroupDriver::Systemd,
             "[runtime] cgroup_driver = \"systemd\" is not part of this release; use \"cgroupfs\", and the same in the kubelet"
         );
+        let Stream {
+            address,
+            tls_cert,
+            tls_key,
+        } = &self.stream;
+        let set = |path: &PathBuf| !path.as_os_str().is_empty();
         ensure!(
-            self.stream.address.ip().is_loopback(),
-            "[stream] address {}: sessions are not encrypted, so they are served at loopback addresses alone",
-            self.stream.address
+            set(tls_cert) == set(tls_key),
+            "[stream] tls_cert and tls_key go together: one of them is not set"
+        );
+        ensure!(
+            set(tls_cert) || address.ip().is_loopback(),
+            "[stream] address {address}: without tls_cert and tls_key sessions are not encrypted, so they are served at \
+             loopback addresses alone"
+        );
+        ensure!(
+            !address.ip().is_unspecified(),
+            "[stream] address {address}: it stands in the URLs that the kubelet connects to, so it must be one address"
         );
         ensure!(self.image.fetch_uid != 0, "[image] fetch_uid must not be root");
         let template = Some(&self.network.cni_conf_template).filter(|path| !path.as_os_str().is_empty());
         let cni = template
             .map(|path| ("[network] cni_conf_template", path))
             .into_iter();
+        let tls = [("[stream] tls_cert", tls_cert), ("[stream] tls_key", tls_key)];
+        let cni = cni.chain(tls.into_iter().filter(|(_, path)| set(path)));
         let cni = cni.chain(
             self.network
                 .cni_bin_dirs
@@ -507,6 +530,28 @@ mod tests {
             assert!(error.contains(&format!("config.toml:{line}: ")), "{error}");
             assert!(error.contains(key) && error.contains(nearest), "{error}");
         }
+    }
+
+    #[test]
+    fn sessions_leave_the_loopback_only_with_a_certificate() {
+        let pair = "tls_cert = \"/x/cert\"\ntls_key = \"/x/key\"\n";
+        for (text, part) in [
+            ("address = \"192.0.2.1:0\"", "not encrypted"),
+            ("tls_cert = \"/x/cert\"", "go together"),
+            ("tls_key = \"/x/key\"", "go together"),
+            (
+                "tls_cert = \"cert\"\ntls_key = \"/x/key\"",
+                "tls_cert cert is not",
+            ),
+            (&format!("address = \"0.0.0.0:1\"\n{pair}"), "must be one address"),
+        ] {
+            let text = format!("[stream]\n{text}\n");
+            let error = load(&[("config.toml", &text)]).unwrap_err().to_string();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+        let text = format!("[stream]\naddress = \"192.0.2.1:0\"\n{pair}");
+        let config = load(&[("config.toml", &text)]).unwrap();
+        assert_eq!(config.stream.tls_key, Path::new("/x/key"));
     }
 
     #[test]

@@ -329,7 +329,8 @@ fn open_network(
 
 async fn open_streams(config: &Config, engine: &Engine) -> Result<Arc<StreamServer<EngineSessions>>> {
     let (address, sessions) = (config.stream.address, Arc::new(EngineSessions(engine.clone())));
-    let server = StreamServer::bind(address, coracle_stream::Limits::default(), sessions).await;
+    let tls = startup::read_tls(&config.stream)?;
+    let server = StreamServer::bind(address, tls, coracle_stream::Limits::default(), sessions).await;
     server
         .map(Arc::new)
         .with_context(|| format!("listen at [stream] address {address}"))

@@ -1,7 +1,7 @@
 //! What must be true before the daemon serves; each refusal is one clear line.
 
-use std::fs;
-use std::io::ErrorKind;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -10,11 +10,15 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use coracle_kernel::error::Errno;
 use coracle_kernel::{file, path, probe, rlimit, scm};
+use coracle_stream::Tls;
 
-use crate::config::Config;
+use crate::config::{Config, Stream};
 
 /// The oldest kernel that has all the calls that are taken for granted.
 pub(crate) const OLDEST_KERNEL: (u32, u32) = (5, 14);
+
+/// Largest file of a certificate or a key.
+const PEM_LIMIT_BYTES: u64 = 1 << 20;
 
 /// The daemon's directories, held for as long as it runs.
 pub(crate) struct Directories {
@@ -40,6 +44,47 @@ pub(crate) fn prepare(root: &Path, state: &Path) -> Result<Directories> {
         state,
         _lock: lock,
     })
+}
+
+/// What sessions are served with, if `[stream]` names it.
+pub(crate) fn read_tls(stream: &Stream) -> Result<Option<Tls>> {
+    let (certificate, key) = (&stream.tls_cert, &stream.tls_key);
+    if certificate.as_os_str().is_empty() {
+        return Ok(None);
+    }
+    let (certificates, _) = read_pem(certificate).context("[stream] tls_cert")?;
+    let (private, mode) = read_pem(key).context("[stream] tls_key")?;
+    ensure!(
+        mode & 0o007 == 0,
+        "[stream] tls_key {}: every user may open it (mode {:04o}); take that away: chmod o=",
+        key.display(),
+        mode & 0o7777
+    );
+    let tls = Tls::new(&certificates, &private).with_context(|| {
+        format!(
+            "[stream] tls_cert {} and tls_key {}",
+            certificate.display(),
+            key.display()
+        )
+    })?;
+    Ok(Some(tls))
+}
+
+/// The content and the mode of a small file.
+fn read_pem(path: &Path) -> Result<(Vec<u8>, u32)> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+    let read = || format!("read {}", path.display());
+    let mode = file.metadata().with_context(read)?.permissions().mode();
+    file.take(PEM_LIMIT_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .with_context(read)?;
+    ensure!(
+        bytes.len() as u64 <= PEM_LIMIT_BYTES,
+        "{} is larger than 1 MiB",
+        path.display()
+    );
+    Ok((bytes, mode))
 }
 
 /// The runtime binary: as configured, else beside our own; another version than ours is refused.
@@ -207,6 +252,32 @@ mod tests {
         assert!(refusal.contains("another coracled serves"), "{refusal}");
         drop(first);
         prepare(&root, &state).unwrap();
+    }
+
+    #[test]
+    fn a_certificate_that_cannot_be_served_is_refused_by_its_key() {
+        let dir = tempfile::tempdir().unwrap();
+        let (tls_cert, tls_key) = (dir.path().join("cert"), dir.path().join("key"));
+        let stream = Stream {
+            tls_cert: tls_cert.clone(),
+            tls_key: tls_key.clone(),
+            ..Stream::default()
+        };
+        assert!(read_tls(&Stream::default()).unwrap().is_none());
+        let refusal = || format!("{:#}", read_tls(&stream).unwrap_err());
+        assert!(refusal().contains("[stream] tls_cert: open "), "{}", refusal());
+        fs::write(&tls_cert, "no certificate").unwrap();
+        fs::write(&tls_key, "no key").unwrap();
+        fs::set_permissions(&tls_key, fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(
+            refusal().contains("every user may open it (mode 0644)"),
+            "{}",
+            refusal()
+        );
+        fs::set_permissions(&tls_key, fs::Permissions::from_mode(0o640)).unwrap();
+        assert!(refusal().contains("/cert and tls_key "), "{}", refusal());
+        File::create(&tls_cert).unwrap().set_len(2 << 20).unwrap();
+        assert!(refusal().contains("larger than 1 MiB"), "{}", refusal());
     }
 
     #[test]

@@ -8,7 +8,8 @@
 //! are bounded, and a session that breaks a rule ends alone. When a session ends, for whatever reason, everything that
 //! belongs to it is dropped: the process sees that by its descriptors.
 //!
-//! The protocols (`spdy`, `ws`, `resize`) take bytes and give events; `link` and `writer` are the socket around them.
+//! The protocols (`spdy`, `ws`, `resize`) take bytes and give events; `link` and `writer` are the socket around them,
+//! which `transport` makes one of TCP or of TLS.
 
 mod link;
 mod negotiate;
@@ -17,9 +18,12 @@ mod process;
 mod resize;
 mod server;
 mod session;
+mod shares;
 mod spdy;
 mod status;
+mod tls;
 mod token;
+mod transport;
 mod writer;
 mod ws;
 
@@ -31,10 +35,14 @@ use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 
 pub use crate::server::{Refused, Server};
+pub use crate::shares::Exhausted;
+pub use crate::tls::{Tls, TlsError};
 
 /// A command to be run in a container.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ExecRequest {
+    /// Id of the container's pod, by which sessions are counted.
+    pub pod: String,
     /// Id of the container.
     pub container: String,
     /// The command and its arguments.
@@ -52,6 +60,8 @@ pub struct ExecRequest {
 /// A running container's streams.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AttachRequest {
+    /// Id of the container's pod, by which sessions are counted.
+    pub pod: String,
     /// Id of the container.
     pub container: String,
     /// Whether the container has a terminal.
@@ -122,31 +132,39 @@ pub struct Process {
 /// Bounds of the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Sessions at once of one container (exec and attach together) or one pod (port-forward).
-    pub sessions_per_key: usize,
-    /// URLs that were given and not used yet.
-    pub tokens: usize,
+    /// Sessions at once. A URL that was given and not used yet is one.
+    ///
+    /// Of this, as of what follows with a second number, a pod may have an eighth of what is free, and never more than
+    /// that number: however many others take all they can, a pod that has none finds some.
+    pub sessions: usize,
+    /// Those of one pod.
+    pub sessions_of_one: usize,
+    /// Bytes that the commands of all sessions and URLs have.
+    pub request_bytes: usize,
+    /// Those of one pod.
+    pub request_bytes_of_one: usize,
     /// How long a URL may be used.
     pub token_life: Duration,
-    /// Connections at once.
-    pub connections: usize,
     /// Connections at once that have not shown a token yet; beyond this, the oldest of them is closed.
     pub pending: usize,
     /// How long a client may take for its request, and after the upgrade for opening its streams.
     pub handshake: Duration,
     /// How long nothing may go either way.
     pub idle: Duration,
-    /// How long after the exit of a process others that have its output open are still read.
+    /// How long after the exit of a process others that have its output open are still read, and how long a pod that
+    /// sends no more may take what was sent to it.
     pub drain: Duration,
 }
 
 impl Default for Limits {
     fn default() -> Limits {
         Limits {
-            sessions_per_key: 64,
-            tokens: 1000,
+            sessions: 1024,
+            sessions_of_one: 64,
+            request_bytes: 32 << 20,
+            // the kernel takes no larger command than 2 MiB, unless stacks are larger than usual
+            request_bytes_of_one: 4 << 20,
             token_life: Duration::from_secs(60),
-            connections: 1024,
             pending: 128,
             handshake: Duration::from_secs(30),
             idle: Duration::from_secs(4 * 60 * 60),

@@ -10,13 +10,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::{AsyncReadExt as _, Interest};
-use tokio::net::TcpStream;
-use tokio::net::tcp::OwnedReadHalf;
+use tokio::io::AsyncReadExt as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Instant;
 
 use crate::spdy::{self, Connection, Headers};
+use crate::transport::{Reading, Socket};
 use crate::writer::{Send, Writer};
 use crate::ws::frame::opcode;
 use crate::ws::{self, Channels, Decoder};
@@ -83,6 +82,8 @@ pub(crate) enum Event {
 pub(crate) enum Gone {
     #[error("the peer has closed the connection")]
     Closed,
+    #[error("take the connection")]
+    Socket(#[source] io::Error),
     #[error("read from the peer")]
     Read(#[source] io::Error),
     #[error("SPDY")]
@@ -103,9 +104,9 @@ pub(crate) struct Link {
 
 impl Link {
     /// `early` has come with the upgrade request. The peer may have `most_streams` at once.
-    pub(crate) fn new(socket: TcpStream, early: &[u8], wire: Wire, most_streams: usize) -> Link {
+    pub(crate) fn new(socket: Socket, early: &[u8], wire: Wire, most_streams: usize) -> io::Result<Link> {
         let clock = Arc::new(Clock::new());
-        let (read, write) = socket.into_split();
+        let (read, write) = socket.split()?;
         let spdy = || Box::new(Connection::new(most_streams));
         let decoder = match wire {
             Wire::Spdy => Protocol::Spdy(spdy()),
@@ -119,7 +120,7 @@ impl Link {
                 channels: Channels::new(base64, half_close),
             },
         };
-        Link {
+        Ok(Link {
             reader: Reader {
                 socket: read,
                 input: BytesMut::from(early),
@@ -131,7 +132,7 @@ impl Link {
             writer: Writer::new(write, wire, Arc::clone(&clock)),
             clock,
             wire,
-        }
+        })
     }
 }
 
@@ -219,7 +220,7 @@ impl Clock {
 
 /// The side of the socket that is read.
 pub(crate) struct Reader {
-    socket: OwnedReadHalf,
+    socket: Reading,
     input: BytesMut,
     /// What the next read takes.
     read: usize,
@@ -268,10 +269,8 @@ impl Reader {
 
     /// Returns when the peer has closed its side, read or not: for a session that cannot take more at the moment.
     pub(crate) async fn closed(&self) -> Gone {
-        // priority readiness comes with the peer's end as well, and without data that waits
-        match self.socket.ready(Interest::PRIORITY).await {
-            Ok(ready) if !ready.is_read_closed() => std::future::pending().await,
-            Ok(_) => Gone::Closed,
+        match self.socket.closed().await {
+            Ok(()) => Gone::Closed,
             Err(e) => Gone::Read(e),
         }
     }

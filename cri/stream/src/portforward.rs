@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io::{self, IoSlice};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
 use tokio::io::AsyncWriteExt as _;
@@ -240,6 +241,7 @@ impl<S: Sessions> Forwards<'_, S> {
         let connection = Connection {
             streams,
             half_close: self.half_close,
+            drain: self.limits.drain,
             to: self.to.clone(),
             pool: Arc::clone(&self.pool),
         };
@@ -297,6 +299,8 @@ impl<S: Sessions> Forwards<'_, S> {
 struct Connection {
     streams: Streams,
     half_close: bool,
+    /// How long a pod that sends no more may still take what was sent to it.
+    drain: Duration,
     to: mpsc::Sender<Send>,
     pool: Arc<Pool>,
 }
@@ -305,38 +309,46 @@ struct Connection {
 type Over = mpsc::error::SendError<Send>;
 
 impl Connection {
-    /// Copies both ways until both are over, each of which may be over before the other.
+    /// Copies both ways until both are over. The client may end its way long before the pod; the pod's end is soon
+    /// that of both.
     async fn copy(
         self,
         socket: TcpStream,
         upward: mpsc::UnboundedReceiver<Upward>,
-        reset: oneshot::Receiver<Infallible>,
+        mut reset: oneshot::Receiver<Infallible>,
     ) -> Result<(), Over> {
         // what is read is written at once: there is nothing to wait for
         let _ = socket.set_nodelay(true);
         let (read, write) = socket.into_split();
-        let both = async {
-            let (up, down) = (up(write, upward), self.down(read));
-            tokio::pin!(up, down);
+        let (up, down) = (up(write, upward), self.down(read));
+        tokio::pin!(up, down);
+        let down_over = async {
             tokio::select! {
-                ended = &mut down => {
-                    if self.half_close && matches!(ended, Ok(Downward::Finished)) {
-                        up.await;
-                    }
-                    ended
-                }
-                () = &mut up => down.await,
+                ended = &mut down => ended.map(|ended| (ended, false)),
+                () = &mut up => down.await.map(|ended| (ended, true)),
             }
         };
         let ended = tokio::select! {
-            ended = both => Some(ended?),
-            _ = reset => None,
+            ended = down_over => Some(ended?),
+            _ = &mut reset => None,
         };
         let Streams { data, error } = self.streams;
-        if let Some(Downward::Broken) = ended {
+        if let Some((Downward::Broken, _)) = ended {
             self.to.send(Send::Reset(data, Reason::Internal)).await?;
         }
-        self.to.send(Send::Finish(error)).await
+        // Without a text: clients since 1.23 end the whole session for one. And at once: those before 1.32 close the
+        // local connection, without which they never end their stream, only when this one has ended.
+        self.to.send(Send::Finish(error)).await?;
+        if let Some((Downward::Finished, false)) = ended
+            && self.half_close
+        {
+            // what was sent before the client knew of the end; no client sends more after it
+            tokio::select! {
+                _ = tokio::time::timeout(self.drain, up) => {}
+                _ = reset => {}
+            }
+        }
+        Ok(())
     }
 
     /// Tells why there is no connection.

@@ -1,6 +1,6 @@
 //! The HTTP side: URLs are given, requests checked, connections upgraded and counted.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
@@ -19,11 +19,14 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
-use crate::link::Link;
+use crate::link::{Gone, Link};
 use crate::negotiate::{Protocol, Refusal, negotiate};
 use crate::session::{self, Command};
-use crate::token::{self, Tokens};
-use crate::{Limits, Sessions, StreamRequest, portforward};
+use crate::shares::{Exhausted, Shares};
+use crate::tls::Tls;
+use crate::token::{self, Granted, Tokens};
+use crate::transport::Socket;
+use crate::{AttachRequest, ExecRequest, Limits, Sessions, StreamRequest, portforward};
 
 /// Most bytes of a request's head; the kubelet passes on what an API server and its proxies have added.
 const MOST_HEAD: usize = 32 << 10;
@@ -48,9 +51,9 @@ pub enum Refused {
     /// A request that no session can serve (`InvalidArgument`).
     #[error("{0}")]
     Invalid(&'static str),
-    /// So many URLs wait to be used that this one is not given (`ResourceExhausted`).
-    #[error("{0} streaming requests wait for their clients already")]
-    TooMany(usize),
+    /// The pod has its share of sessions (`ResourceExhausted`).
+    #[error(transparent)]
+    TooMany(#[from] Exhausted),
     /// The host gives no random bytes.
     #[error("read /dev/urandom: {0}")]
     Random(io::ErrorKind),
@@ -59,24 +62,31 @@ pub enum Refused {
 struct Shared<S> {
     sessions: Arc<S>,
     limits: Limits,
+    tls: Option<Tls>,
     tokens: Tokens,
-    /// Sessions of each container and pod that has any.
-    running: Mutex<HashMap<String, usize>>,
+    /// Sessions, and URLs that wait for theirs.
+    places: Arc<Shares>,
+    /// Bytes of their requests.
+    bytes: Arc<Shares>,
     /// Connections that have not shown a token, oldest first. Each is closed when its entry is dropped.
     pending: Mutex<BTreeMap<u64, oneshot::Sender<Infallible>>>,
 }
 
 /// What an accepted request becomes when its connection is upgraded.
-struct Upgrade<S: Sessions> {
+struct Upgrade {
     upgrade: OnUpgrade,
     protocol: Protocol,
-    request: Arc<StreamRequest>,
-    place: Place<S>,
+    granted: Granted,
 }
 
 impl<S: Sessions> Server<S> {
-    /// Listens on an address; port 0 is any free port.
-    pub async fn bind(address: SocketAddr, limits: Limits, sessions: Arc<S>) -> io::Result<Server<S>> {
+    /// Listens on an address; port 0 is any free port. Without TLS, whoever sees what goes there sees everything.
+    pub async fn bind(
+        address: SocketAddr,
+        tls: Option<Tls>,
+        limits: Limits,
+        sessions: Arc<S>,
+    ) -> io::Result<Server<S>> {
         let listener = TcpListener::bind(address).await?;
         Ok(Server {
             address: listener.local_addr()?,
@@ -84,8 +94,14 @@ impl<S: Sessions> Server<S> {
             shared: Arc::new(Shared {
                 sessions,
                 limits,
-                tokens: Tokens::new(limits.tokens, limits.token_life),
-                running: Mutex::default(),
+                tls,
+                tokens: Tokens::new(limits.token_life),
+                places: Shares::new("streaming sessions", limits.sessions, limits.sessions_of_one),
+                bytes: Shares::new(
+                    "bytes of streaming requests",
+                    limits.request_bytes,
+                    limits.request_bytes_of_one,
+                ),
                 pending: Mutex::default(),
             }),
         })
@@ -100,12 +116,16 @@ impl<S: Sessions> Server<S> {
     /// A URL for one session with this request: it works once, and for as long as a token lives.
     pub fn url(&self, request: StreamRequest) -> Result<String, Refused> {
         check(&request)?;
-        let path = path(&request);
-        let issued = self.shared.tokens.issue(request, Instant::now());
-        match issued.map_err(|e| Refused::Random(e.kind()))? {
-            Some(token) => Ok(format!("http://{}/{path}/{token}", self.address)),
-            None => Err(Refused::TooMany(self.shared.limits.tokens)),
-        }
+        let (shared, path, now) = (&self.shared, path(&request), Instant::now());
+        shared.tokens.expire(now);
+        let place = [
+            shared.places.take(pod(&request), 1)?,
+            shared.bytes.take(pod(&request), bytes(&request))?,
+        ];
+        let issued = shared.tokens.issue(Granted { request, place }, now);
+        let token = issued.map_err(|e| Refused::Random(e.kind()))?;
+        let scheme = if shared.tls.is_some() { "https" } else { "http" };
+        Ok(format!("{scheme}://{}/{path}/{token}", self.address))
     }
 
     /// Serves until `shutdown` is there; then every session is dropped.
@@ -129,13 +149,6 @@ impl<S: Sessions> Server<S> {
                     continue;
                 }
             };
-            if tasks.len() >= self.shared.limits.connections {
-                tracing::warn!(
-                    connections = tasks.len(),
-                    "streaming connection refused: too many"
-                );
-                continue;
-            }
             number += 1;
             let pending = Pending::new(&self.shared, number);
             tasks.spawn(connection(Arc::clone(&self.shared), socket, pending));
@@ -163,12 +176,20 @@ async fn connection<S: Sessions>(shared: Arc<Shared<S>>, socket: TcpStream, mut 
     });
     // One request a connection: every answer but an upgrade has "Connection: close". With `keep_alive(false)` the
     // upgrade would have it too, which Go's clients do not take.
-    let http = http1::Builder::new()
-        .max_headers(MOST_HEADERS)
-        .max_buf_size(MOST_HEAD)
-        .timer(TokioTimer::new())
-        .serve_connection(TokioIo::new(socket), service)
-        .with_upgrades();
+    let http = async {
+        let socket = match &shared.tls {
+            Some(Tls(acceptor)) => Socket::Tls(Box::new(acceptor.accept(socket).await?)),
+            None => Socket::Plain(socket),
+        };
+        http1::Builder::new()
+            .max_headers(MOST_HEADERS)
+            .max_buf_size(MOST_HEAD)
+            .timer(TokioTimer::new())
+            .serve_connection(TokioIo::new(socket), service)
+            .with_upgrades()
+            .await?;
+        Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())
+    };
     let http = tokio::time::timeout(shared.limits.handshake, http);
     let served = tokio::select! {
         served = http => served,
@@ -190,33 +211,20 @@ async fn connection<S: Sessions>(shared: Arc<Shared<S>>, socket: TcpStream, mut 
 
 type Answer = Response<Full<Bytes>>;
 
-/// Accepts a request: its token is used up. Or says why not.
-fn accept<S: Sessions>(
-    shared: &Arc<Shared<S>>,
-    mut request: Request<Incoming>,
-) -> Result<(Answer, Upgrade<S>), Refusal> {
-    let refusal = |code, text| Refusal {
-        code,
-        text,
+/// Accepts a request, or says why not. Its token is used up in either case: a URL is for one attempt, as callers expect
+/// (the kubelet and `crictl` ask for a new one), and what was shown in a request that failed is worth nothing to others.
+fn accept<S>(shared: &Shared<S>, mut request: Request<Incoming>) -> Result<(Answer, Upgrade), Refusal> {
+    let unknown = || Refusal {
+        code: StatusCode::NOT_FOUND,
+        text: "no such session, or its URL was used already".to_owned(),
         accepted: None,
     };
-    let unknown = || {
-        let text = "no such session, or its URL was used already".to_owned();
-        refusal(StatusCode::NOT_FOUND, text)
-    };
-    let now = Instant::now();
     let (kind, token) = split(request.uri().path()).ok_or_else(unknown)?;
-    let wanted = shared.tokens.look(token, now).ok_or_else(unknown)?;
-    if path(&wanted) != kind {
+    let granted = shared.tokens.take(token, Instant::now()).ok_or_else(unknown)?;
+    if path(&granted.request) != kind {
         return Err(unknown());
     }
-    let protocol = negotiate(request.method(), request.headers(), &wanted)?;
-    let place = Place::take(shared, key(&wanted)).ok_or_else(|| {
-        let (key, most) = (key(&wanted), shared.limits.sessions_per_key);
-        let text = format!("{key} has {most} streaming sessions already");
-        refusal(StatusCode::TOO_MANY_REQUESTS, text)
-    })?;
-    let wanted = shared.tokens.take(token, now).ok_or_else(unknown)?;
+    let protocol = negotiate(request.method(), request.headers(), &granted.request)?;
     let upgrade = hyper::upgrade::on(&mut request);
     let mut answer = Response::new(Full::default());
     *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
@@ -226,42 +234,40 @@ fn accept<S: Sessions>(
         Upgrade {
             upgrade,
             protocol,
-            request: wanted,
-            place,
+            granted,
         },
     ))
 }
 
-impl<S: Sessions> Upgrade<S> {
-    async fn serve(self, shared: &Shared<S>) -> Result<(), crate::link::Gone> {
+impl Upgrade {
+    async fn serve<S: Sessions>(self, shared: &Shared<S>) -> Result<(), Gone> {
         let Upgrade {
             upgrade,
             protocol,
-            request,
-            place,
+            granted: Granted { request, place },
         } = self;
         let _place = place;
         // neither fails: the answer is written, and the socket is the one that was given to the builder
         let Ok(upgraded) = upgrade.await else {
             return Ok(());
         };
-        let Ok(parts) = upgraded.downcast::<TokioIo<TcpStream>>() else {
+        let Ok(parts) = upgraded.downcast::<TokioIo<Socket>>() else {
             return Ok(());
         };
         let socket = parts.io.into_inner();
-        let link = |streams| Link::new(socket, &parts.read_buf, protocol.wire, streams);
+        let link = |streams| Link::new(socket, &parts.read_buf, protocol.wire, streams).map_err(Gone::Socket);
         let (sessions, limits) = (&shared.sessions, &shared.limits);
-        match &*request {
+        match &request {
             StreamRequest::PortForward(request) => {
-                let link = link(portforward::MOST_STREAMS);
+                let link = link(portforward::MOST_STREAMS)?;
                 portforward::serve(link, request, Arc::clone(sessions), limits).await
             }
             StreamRequest::Exec(request) => {
-                let link = link(session::MOST_STREAMS);
+                let link = link(session::MOST_STREAMS)?;
                 session::serve(link, &protocol, Command::Exec(request), &**sessions, limits).await
             }
             StreamRequest::Attach(request) => {
-                let link = link(session::MOST_STREAMS);
+                let link = link(session::MOST_STREAMS)?;
                 session::serve(link, &protocol, Command::Attach(request), &**sessions, limits).await
             }
         }
@@ -271,10 +277,6 @@ impl<S: Sessions> Upgrade<S> {
 impl<S> Shared<S> {
     fn lock_pending(&self) -> MutexGuard<'_, BTreeMap<u64, oneshot::Sender<Infallible>>> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock_running(&self) -> MutexGuard<'_, HashMap<String, usize>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -308,39 +310,6 @@ impl<S> Drop for Pending<S> {
     }
 }
 
-/// One of the sessions that a container or pod may have.
-struct Place<S> {
-    shared: Arc<Shared<S>>,
-    key: String,
-}
-
-impl<S> Place<S> {
-    fn take(shared: &Arc<Shared<S>>, key: &str) -> Option<Place<S>> {
-        let mut running = shared.lock_running();
-        let count = running.entry(key.to_owned()).or_default();
-        if *count >= shared.limits.sessions_per_key {
-            return None;
-        }
-        *count += 1;
-        Some(Place {
-            shared: Arc::clone(shared),
-            key: key.to_owned(),
-        })
-    }
-}
-
-impl<S> Drop for Place<S> {
-    fn drop(&mut self) {
-        let mut running = self.shared.lock_running();
-        if let Some(count) = running.get_mut(&self.key) {
-            *count -= 1;
-            if *count == 0 {
-                running.remove(&self.key);
-            }
-        }
-    }
-}
-
 /// Refuses what no session can serve.
 fn check(request: &StreamRequest) -> Result<(), Refused> {
     let (tty, streams, stderr) = match request {
@@ -352,12 +321,15 @@ fn check(request: &StreamRequest) -> Result<(), Refused> {
             };
         }
         StreamRequest::Exec(r) if r.command.is_empty() => return Err(Refused::Invalid("missing cmd")),
+        StreamRequest::Exec(ExecRequest { container, .. })
+        | StreamRequest::Attach(AttachRequest { container, .. })
+            if container.is_empty() =>
+        {
+            return Err(Refused::Invalid("missing container_id"));
+        }
         StreamRequest::Exec(r) => (r.tty, r.stdin || r.stdout || r.stderr, r.stderr),
         StreamRequest::Attach(r) => (r.tty, r.stdin || r.stdout || r.stderr, r.stderr),
     };
-    if key(request).is_empty() {
-        return Err(Refused::Invalid("missing container_id"));
-    }
     if tty && stderr {
         return Err(Refused::Invalid("tty and stderr cannot both be true"));
     }
@@ -368,11 +340,24 @@ fn check(request: &StreamRequest) -> Result<(), Refused> {
 }
 
 /// What sessions are counted by.
-fn key(request: &StreamRequest) -> &str {
+fn pod(request: &StreamRequest) -> &str {
     match request {
-        StreamRequest::Exec(request) => &request.container,
-        StreamRequest::Attach(request) => &request.container,
+        StreamRequest::Exec(request) => &request.pod,
+        StreamRequest::Attach(request) => &request.pod,
         StreamRequest::PortForward(request) => &request.pod,
+    }
+}
+
+/// What a request keeps in memory beside what every one does.
+fn bytes(request: &StreamRequest) -> usize {
+    match request {
+        StreamRequest::Exec(request) => request
+            .command
+            .iter()
+            .map(|word| size_of::<String>() + word.len())
+            .sum(),
+        StreamRequest::Attach(_) => 0,
+        StreamRequest::PortForward(request) => size_of_val(&*request.ports),
     }
 }
 

@@ -3,69 +3,65 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use sha2::{Digest as _, Sha256};
 
 use crate::StreamRequest;
+use crate::shares::Share;
 
 /// Characters of a token.
 pub(crate) const LENGTH: usize = 64;
 
 /// Requests whose URL was not used yet, by the SHA-256 of their token: how long a look-up takes tells at most something
-/// about the digest of a guess, from which no better guess can be made.
+/// about the digest of a guess, from which no better guess can be made. How many there are is the business of their
+/// places.
 pub(crate) struct Tokens {
-    most: usize,
     life: Duration,
     waiting: Mutex<HashMap<[u8; 32], Waiting>>,
 }
 
+/// What a token stands for.
+#[derive(Debug)]
+pub(crate) struct Granted {
+    pub(crate) request: StreamRequest,
+    /// The session that it may have, and the memory of the request.
+    pub(crate) place: [Share; 2],
+}
+
 struct Waiting {
-    request: Arc<StreamRequest>,
+    granted: Granted,
     until: Instant,
 }
 
 impl Tokens {
-    pub(crate) fn new(most: usize, life: Duration) -> Tokens {
+    pub(crate) fn new(life: Duration) -> Tokens {
         Tokens {
-            most,
             life,
             waiting: Mutex::default(),
         }
     }
 
-    /// A new token for a request; `None` if too many wait.
-    pub(crate) fn issue(&self, request: StreamRequest, now: Instant) -> io::Result<Option<String>> {
+    /// A new token.
+    pub(crate) fn issue(&self, granted: Granted, now: Instant) -> io::Result<String> {
         let mut random = [0; 32];
         File::open("/dev/urandom")?.read_exact(&mut random)?;
         let token: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
-        let mut waiting = self.lock();
-        waiting.retain(|_, waiting| waiting.until > now);
-        if waiting.len() >= self.most {
-            return Ok(None);
-        }
-        waiting.insert(
-            digest(&token),
-            Waiting {
-                request: Arc::new(request),
-                until: now + self.life,
-            },
-        );
-        Ok(Some(token))
+        let until = now + self.life;
+        self.lock().insert(digest(&token), Waiting { granted, until });
+        Ok(token)
     }
 
-    /// The request of a token that is good, which it stays.
-    pub(crate) fn look(&self, token: &str, now: Instant) -> Option<Arc<StreamRequest>> {
-        let waiting = self.lock();
-        let found = waiting.get(&digest(token))?;
-        (found.until > now).then(|| Arc::clone(&found.request))
+    /// Gives back what those have whose time is over.
+    pub(crate) fn expire(&self, now: Instant) {
+        self.lock().retain(|_, waiting| waiting.until > now);
     }
 
     /// Uses a token up.
-    pub(crate) fn take(&self, token: &str, now: Instant) -> Option<Arc<StreamRequest>> {
+    pub(crate) fn take(&self, token: &str, now: Instant) -> Option<Granted> {
         let found = self.lock().remove(&digest(token))?;
-        (found.until > now).then_some(found.request)
+        (found.until > now).then_some(found.granted)
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<[u8; 32], Waiting>> {
@@ -81,35 +77,33 @@ fn digest(token: &str) -> [u8; 32] {
 mod tests {
     use super::*;
     use crate::PortForwardRequest;
-
-    fn request() -> StreamRequest {
-        StreamRequest::PortForward(PortForwardRequest {
-            pod: "p".to_owned(),
-            ports: Vec::new(),
-        })
-    }
+    use crate::shares::Shares;
 
     #[test]
     fn a_token_is_good_once_and_for_its_life() {
         let (life, now) = (Duration::from_secs(60), Instant::now());
-        let tokens = Tokens::new(2, life);
-        let first = tokens.issue(request(), now).unwrap().unwrap();
-        let second = tokens.issue(request(), now).unwrap().unwrap();
+        let (tokens, shares) = (Tokens::new(life), Shares::new("sessions", 80, 4));
+        let issue = || {
+            let place = [shares.take("p", 1).ok()?, shares.take("p", 1).ok()?];
+            let request = StreamRequest::PortForward(PortForwardRequest {
+                pod: "p".to_owned(),
+                ports: Vec::new(),
+            });
+            Some(tokens.issue(Granted { request, place }, now).unwrap())
+        };
+        let (first, second) = (issue().unwrap(), issue().unwrap());
         assert_eq!(first.len(), LENGTH);
         assert_ne!(first, second);
-        assert_eq!(tokens.issue(request(), now).unwrap(), None);
+        assert_eq!(issue(), None);
 
-        assert!(tokens.look(&first, now).is_some());
         assert!(tokens.take(&first, now).is_some());
-        assert!(tokens.look(&first, now).is_none());
         assert!(tokens.take(&first, now).is_none());
-        assert!(tokens.look(&second, now + life).is_none());
         assert!(tokens.take(&second, now + life).is_none());
-
-        let third = tokens.issue(request(), now).unwrap().unwrap();
         // those that are over make room
-        assert!(tokens.issue(request(), now + life).unwrap().is_some());
-        assert!(tokens.issue(request(), now + life).unwrap().is_some());
-        assert!(tokens.look(&third, now).is_none());
+        issue().unwrap();
+        issue().unwrap();
+        assert_eq!(issue(), None);
+        tokens.expire(now + life);
+        issue().unwrap();
     }
 }

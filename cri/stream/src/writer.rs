@@ -4,11 +4,11 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::io::AsyncWriteExt as _;
-use tokio::net::tcp::OwnedWriteHalf;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::link::{Clock, Wire};
 use crate::spdy::frame as spdy;
+use crate::transport::Writing;
 use crate::ws::channel;
 use crate::ws::frame::{self as ws, opcode};
 
@@ -46,7 +46,7 @@ pub(crate) enum Send {
 
 /// The side of the socket that is written.
 pub(crate) struct Writer {
-    socket: OwnedWriteHalf,
+    socket: Writing,
     wire: Wire,
     /// The highest stream that was accepted; 0 before the first reply, which begins the compressed stream.
     accepted: u32,
@@ -54,7 +54,7 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    pub(crate) fn new(socket: OwnedWriteHalf, wire: Wire, clock: Arc<Clock>) -> Writer {
+    pub(crate) fn new(socket: Writing, wire: Wire, clock: Arc<Clock>) -> Writer {
         Writer {
             socket,
             wire,
@@ -137,7 +137,7 @@ impl Writer {
             // not after the whole: a slow peer is not an idle one
             self.clock.tick();
         }
-        Ok(())
+        self.socket.flush().await
     }
 }
 

@@ -30,6 +30,7 @@ mod streaming_attach;
 mod streaming_clients;
 mod streaming_forward;
 mod streaming_refused;
+mod streaming_tls;
 mod streams;
 mod support;
 mod volumes;
@@ -122,6 +123,7 @@ fn main() -> ExitCode {
         streaming_clients::all(),
         streaming_forward::all(),
         streaming_refused::all(),
+        streaming_tls::all(),
     ];
     let wanted: Vec<Test> = all
         .into_iter()

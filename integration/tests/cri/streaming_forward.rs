@@ -23,6 +23,7 @@ crate::tests![
     a_port_that_is_closed_is_named,
     a_client_that_does_not_read_stops_its_server_alone,
     either_end_ends_a_connection,
+    a_server_that_ends_first_ends_one_connection,
     a_pod_of_the_hosts_network,
     a_pod_that_stops_ends_its_connections,
     other_ports_than_those_asked_for_are_refused,
@@ -286,6 +287,60 @@ async fn either_end_ends_a_connection() -> Result<()> {
     stage.node.finish().await
 }
 
+async fn a_server_that_ends_first_ends_one_connection() -> Result<()> {
+    let Some(stage) = Stage::start("first", "sleep 1000").await? else {
+        return Ok(());
+    };
+    let good = echoing(&stage)?;
+    let server = listen_in(&netns(&stage.pod)?)?;
+    let port = server.local_addr()?.port();
+    let before = stage.cost().await?;
+    let answer = noise(300_000, 6);
+    for transport in TRANSPORTS {
+        // Those of today reset their stream, those before wait for the end of the other.
+        for flags in [&[transport][..], &[transport, "--old"]] {
+            let context = || format!("{flags:?}");
+            let url = forward_url(&stage.node, &stage.pod, &[]).await?;
+            let mut forward = stage.forward_to(&url, flags, &[port, good]).await?;
+            for how in ["closes", "resets", "is deaf"].repeat(4) {
+                let mut client = TcpStream::connect(forward.addresses[0]).await?;
+                client.write_all(b"question").await?;
+                let mut inside = accept(&server).await?;
+                let mut question = [0; 8];
+                inside.read_exact(&mut question).await?;
+                if how == "resets" {
+                    inside.set_zero_linger()?;
+                } else {
+                    inside.write_all(&answer).await?;
+                }
+                // Deaf: it has no more to say, is there still, and takes nothing.
+                inside.shutdown().await?;
+                let held = Some(inside).filter(|_| how == "is deaf");
+                // The client says nothing of an end of its own.
+                let got = all_of(&mut client).await;
+                let got = got.with_context(context).with_context(|| how.to_owned())?;
+                let wanted: &[u8] = if how == "resets" { b"" } else { &answer };
+                ensure!(got == wanted, "{flags:?}, {how}: {} bytes", got.len());
+                ensure!(
+                    converse(forward.addresses[1], b"here").await? == b"here",
+                    "{flags:?}, {how}: the session does not go on"
+                );
+                drop(held);
+            }
+            let mut lines = lines_of(forward.child.stderr.take())?;
+            drop(forward);
+            while let Some(line) = lines.next_line().await? {
+                ensure!(
+                    !line.contains("error") && !line.contains("lost"),
+                    "{flags:?}: {line}"
+                );
+            }
+        }
+    }
+    stage.settled(before).await?;
+    stage.node.finish().await
+}
+
 async fn accept(server: &TcpListener) -> Result<TcpStream> {
     let accepted = tokio::time::timeout(stretched(Duration::from_secs(10)), server.accept()).await;
     Ok(accepted.context("nobody connects")??.0)
@@ -382,7 +437,7 @@ async fn other_ports_than_those_asked_for_are_refused() -> Result<()> {
     for transport in TRANSPORTS {
         for (allowed, served) in [(port, true), (port ^ 1, false)] {
             let url = forward_url(&stage.node, &stage.pod, &[i32::from(allowed)]).await?;
-            let mut forward = stage.forward_to(&url, transport, &[port]).await?;
+            let mut forward = stage.forward_to(&url, &[transport], &[port]).await?;
             let back = converse(forward.addresses[0], b"here").await;
             ensure!(back.is_ok_and(|back| back == b"here") == served, "{transport}");
             if !served {

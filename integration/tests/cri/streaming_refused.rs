@@ -15,7 +15,8 @@ use crate::support::eventually;
 crate::tests![
     calls_that_cannot_be,
     urls_are_good_once_and_for_their_purpose,
-    a_container_has_so_many_sessions,
+    a_pod_has_so_many_sessions,
+    pods_that_take_all_they_can_leave_some_to_others,
     noise_at_the_port_disturbs_nobody,
 ];
 
@@ -231,36 +232,36 @@ async fn urls_are_good_once_and_for_their_purpose() -> Result<()> {
         host.starts_with("127.0.0.1:") && path.len() == "/exec/".len() + 64,
         "{url}"
     );
-    // What is not an upgrade leaves the URL good.
-    expect(&url, "GET", "", 400, "expected a POST or GET").await?;
-    expect(&url, "PUT", SPDY, 400, "got a PUT").await?;
-    expect(
-        &url,
-        "POST",
-        "Connection: Upgrade\r\nUpgrade: h2c\r\n",
-        400,
-        "h2c",
-    )
-    .await?;
-    expect(
-        &url,
-        "POST",
-        "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\n",
-        400,
-        "names no protocol",
-    )
-    .await?;
-    let unknown = SPDY.replace("v4.channel", "v9.channel");
-    expect(&url, "POST", &unknown, 403, "server accepts v4.channel.k8s.io").await?;
-    let socket = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n";
-    expect(&url, "GET", socket, 400, "sec-websocket-key").await?;
-    let socket =
+    // A URL is for one attempt, whatever comes of it.
+    let upgrade = "Connection: Upgrade\r\n";
+    let socket = format!("{upgrade}Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n");
+    let unknown =
         format!("{socket}Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Protocol: v9\r\n");
-    expect(&url, "GET", &socket, 403, "server accepts v5.channel.k8s.io").await?;
-    // Of another kind, or a little different: there is none.
+    for (method, headers, code, text) in [
+        ("GET", String::new(), 400, "expected a POST or GET"),
+        ("PUT", SPDY.to_owned(), 400, "got a PUT"),
+        ("POST", format!("{upgrade}Upgrade: h2c\r\n"), 400, "h2c"),
+        (
+            "POST",
+            format!("{upgrade}Upgrade: SPDY/3.1\r\n"),
+            400,
+            "names no protocol",
+        ),
+        (
+            "POST",
+            SPDY.replace("v4.channel", "v9.channel"),
+            403,
+            "server accepts v4.channel.k8s.io",
+        ),
+        ("GET", socket, 400, "sec-websocket-key"),
+        ("GET", unknown, 403, "server accepts v5.channel.k8s.io"),
+    ] {
+        let url = new().await?;
+        expect(&url, method, &headers, code, text).await?;
+        expect(&url, "POST", SPDY, 404, "used already").await?;
+    }
+    // A little different: there is none.
     for other in [
-        url.replace("/exec/", "/attach/"),
-        url.replace("/exec/", "/portforward/"),
         format!("{url}0"),
         url[..url.len() - 1].to_owned(),
         format!("http://{host}/exec/{}", "0".repeat(64)),
@@ -271,53 +272,92 @@ async fn urls_are_good_once_and_for_their_purpose() -> Result<()> {
     }
     expect(&url, "POST", SPDY, 101, "v4.channel.k8s.io").await?;
     expect(&url, "POST", SPDY, 404, "used already").await?;
-    // Every URL is another one.
-    ensure!(new().await? != new().await?, "two are the same");
+    // Of another kind.
+    for kind in ["/attach/", "/portforward/"] {
+        let url = new().await?.replace("/exec/", kind);
+        expect(&url, "POST", SPDY, 404, "no such session").await?;
+    }
     let url = forward_url(&node, &pod, &[]).await?;
     expect(&url, "POST", SPDY, 403, "server accepts portforward.k8s.io").await?;
+    let url = forward_url(&node, &pod, &[]).await?;
     let forward = SPDY.replace("v4.channel.k8s.io", "portforward.k8s.io");
     expect(&url, "POST", &forward, 101, "portforward.k8s.io").await?;
     expect(&url, "POST", &forward, 404, "used already").await?;
+    // Every URL is another one.
+    ensure!(new().await? != new().await?, "two are the same");
     node.finish().await
 }
 
-async fn a_container_has_so_many_sessions() -> Result<()> {
+async fn a_pod_has_so_many_sessions() -> Result<()> {
     let (node, pod, id) = running("many").await?;
-    let new = async || exec_url(&node, &id, &["true"], false, false).await;
+    let config = request::pod("many", &node.logs);
+    let second = request::container("second", "sleep 1000");
+    let second = node.run_container(&pod, &second, &config).await?;
     let mut sessions = Vec::new();
-    for number in 0..64 {
-        let (answer, socket) = ask(&new().await?, "POST", SPDY).await?;
+    // Those of all of its containers, and URLs that wait.
+    for number in 0..60 {
+        let id = [&id, &second][number % 2];
+        let url = exec_url(&node, id, &["sleep", "1000"], false, false).await?;
+        let (answer, socket) = ask(&url, "POST", SPDY).await?;
         ensure!(answer.starts_with("HTTP/1.1 101 "), "{number}: {answer}");
         sessions.push(socket);
     }
-    let url = new().await?;
-    let (answer, _) = ask(&url, "POST", SPDY).await?;
-    ensure!(
-        answer.starts_with("HTTP/1.1 429 ") && answer.contains("64 streaming sessions"),
-        "{answer}"
-    );
+    let mut urls = Vec::new();
+    for _ in 0..4 {
+        urls.push(forward_url(&node, &pod, &[]).await?);
+    }
+    for refused in [
+        exec_url(&node, &second, &["true"], false, false).await,
+        forward_url(&node, &pod, &[]).await,
+    ] {
+        let refused = refused.unwrap_err();
+        ensure!(refused.code() == Code::ResourceExhausted, "{refused}");
+        let text = format!("pod {pod} has 64 streaming sessions already");
+        ensure!(refused.message().contains(&text), "{refused}");
+    }
     // Others have their own.
-    let forward = SPDY.replace("v4.channel.k8s.io", "portforward.k8s.io");
-    let (answer, _) = ask(&forward_url(&node, &pod, &[]).await?, "POST", &forward).await?;
-    ensure!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
-    // One goes, and the same URL is served.
+    let config = request::pod("other", &node.logs);
+    let other = node.run_pod(&config).await?;
+    forward_url(&node, &other, &[]).await?;
+    // One goes, and there is room for one; what waits is served.
     sessions.pop();
     eventually(async || {
-        let (answer, _) = ask(&url, "POST", SPDY).await?;
-        ensure!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
+        exec_url(&node, &id, &["true"], false, false).await?;
         Ok(())
     })
     .await?;
-    // URLs that nobody uses are not kept without end; the refusal is a clear one.
-    let mut refused = None;
-    for _ in 0..1100 {
-        if let Err(error) = new().await {
-            refused = Some(error);
-            break;
+    let forward = SPDY.replace("v4.channel.k8s.io", "portforward.k8s.io");
+    for url in &urls {
+        let (answer, _socket) = ask(url, "POST", &forward).await?;
+        ensure!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
+    }
+    node.finish().await
+}
+
+async fn pods_that_take_all_they_can_leave_some_to_others() -> Result<()> {
+    let (node, first, id) = running("greedy").await?;
+    let mut pods = vec![first];
+    for number in 0..19 {
+        let config = request::pod(&format!("greedy{number}"), &node.logs);
+        pods.push(node.run_pod(&config).await?);
+    }
+    let last = pods.pop().context("no pods")?;
+    let mut taken = 0;
+    for _ in 0..64 {
+        for pod in &pods[1..] {
+            taken += usize::from(forward_url(&node, pod, &[]).await.is_ok());
         }
     }
-    let refused = refused.context("more than a thousand wait")?;
+    ensure!((600..1000).contains(&taken), "{taken}");
+    let refused = forward_url(&node, &pods[1], &[]).await.unwrap_err();
     ensure!(refused.code() == Code::ResourceExhausted, "{refused}");
+    // A pod that has none has as many as each of them.
+    for _ in 0..20 {
+        forward_url(&node, &last, &[]).await?;
+    }
+    let url = exec_url(&node, &id, &["true"], false, false).await?;
+    let (answer, _) = ask(&url, "POST", SPDY).await?;
+    ensure!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
     node.finish().await
 }
 

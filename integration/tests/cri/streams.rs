@@ -60,10 +60,19 @@ impl Stage {
 
     /// The same with a container of the test's own.
     pub(crate) async fn with(name: &str, container: &ContainerConfig) -> Result<Option<Stage>> {
+        Stage::on(name, container, Options::default()).await
+    }
+
+    /// The same on a node of the test's own.
+    pub(crate) async fn on(
+        name: &str,
+        container: &ContainerConfig,
+        options: Options,
+    ) -> Result<Option<Stage>> {
         let Some(driver) = daemon::program("STREAMER") else {
             return Ok(None);
         };
-        let node = Node::with_busybox(Options::default()).await?;
+        let node = Node::with_busybox(options).await?;
         let config = request::pod(name, &node.logs);
         let pod = node.run_pod(&config).await?;
         let id = node.run_container(&pod, container, &config).await?;
@@ -106,12 +115,12 @@ impl Stage {
     /// Forwards ports of the pod, in one session, from free ones of the host.
     pub(crate) async fn forward(&self, transport: &str, ports: &[u16]) -> Result<Forward> {
         let url = forward_url(&self.node, &self.pod, &[]).await?;
-        self.forward_to(&url, transport, ports).await
+        self.forward_to(&url, &[transport], ports).await
     }
 
     /// The same on a URL that there is.
-    pub(crate) async fn forward_to(&self, url: &str, transport: &str, ports: &[u16]) -> Result<Forward> {
-        let mut command = self.driver("portforward", &[transport], url);
+    pub(crate) async fn forward_to(&self, url: &str, flags: &[&str], ports: &[u16]) -> Result<Forward> {
+        let mut command = self.driver("portforward", flags, url);
         command.args(ports.iter().map(|port| format!(":{port}")));
         let mut child = command.stdin(Stdio::piped()).spawn()?;
         let mut lines = lines_of(child.stdout.take())?;

@@ -37,6 +37,8 @@ type options struct {
 	size       string
 	timeout    time.Duration
 	disconnect time.Duration
+	old        bool
+	ca         string
 }
 
 func main() {
@@ -52,6 +54,8 @@ func main() {
 	flags.StringVar(&o.size, "size", "", "tell this terminal size, COLUMNSxROWS; several are told one after another, with commas between")
 	flags.DurationVar(&o.timeout, "timeout", 0, "give up after this long")
 	flags.DurationVar(&o.disconnect, "disconnect", 0, "leave after this long, with exit code 0")
+	flags.BoolVar(&o.old, "old", false, "forward as clients before Kubernetes 1.32 do, which reset no stream")
+	flags.StringVar(&o.ca, "ca", "", "trust what the authorities in this file have signed, and no other")
 	_ = flags.Parse(os.Args[2:])
 	if flags.NArg() < 1 {
 		usage()
@@ -116,7 +120,7 @@ func stream(target *url.URL, o options) error {
 }
 
 func newExecutor(target *url.URL, o options) (remotecommand.Executor, error) {
-	config := &rest.Config{Host: target.Host}
+	config := &rest.Config{Host: target.Host, TLSClientConfig: rest.TLSClientConfig{CAFile: o.ca}}
 	name := protocolName(o.protocol)
 	switch o.transport {
 	case "spdy":
@@ -184,6 +188,9 @@ func forward(target *url.URL, o options, ports []string) error {
 	if err != nil {
 		return err
 	}
+	if o.old {
+		dialer = oldDialer{dialer}
+	}
 	stop := make(chan struct{})
 	go func() {
 		_, _ = io.Copy(io.Discard, os.Stdin)
@@ -197,7 +204,7 @@ func forward(target *url.URL, o options, ports []string) error {
 }
 
 func newDialer(target *url.URL, o options) (httpstream.Dialer, error) {
-	config := &rest.Config{Host: target.Host}
+	config := &rest.Config{Host: target.Host, TLSClientConfig: rest.TLSClientConfig{CAFile: o.ca}}
 	switch o.transport {
 	case "spdy":
 		transport, upgrader, err := spdy.RoundTripperFor(config)
@@ -211,3 +218,28 @@ func newDialer(target *url.URL, o options) (httpstream.Dialer, error) {
 		return nil, fmt.Errorf("no transport %q for ports", o.transport)
 	}
 }
+
+// oldDialer is that of a client before 1.32: its connections have ended when the other side has closed both streams.
+type oldDialer struct{ httpstream.Dialer }
+
+func (d oldDialer) Dial(protocols ...string) (httpstream.Connection, string, error) {
+	connection, protocol, err := d.Dialer.Dial(protocols...)
+	if err != nil {
+		return nil, "", err
+	}
+	return oldConnection{connection}, protocol, nil
+}
+
+type oldConnection struct{ httpstream.Connection }
+
+func (c oldConnection) CreateStream(headers http.Header) (httpstream.Stream, error) {
+	stream, err := c.Connection.CreateStream(headers)
+	if err != nil {
+		return nil, err
+	}
+	return oldStream{stream}, nil
+}
+
+type oldStream struct{ httpstream.Stream }
+
+func (oldStream) Reset() error { return nil }

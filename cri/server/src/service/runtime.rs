@@ -329,8 +329,10 @@ impl RuntimeService for Runtime {
         if request.cmd.is_empty() {
             return Err(Status::invalid_argument("cmd: is empty"));
         }
+        let (container, pod) = self.running(&request.container_id)?;
         let url = self.session_url(StreamRequest::Exec(coracle_stream::ExecRequest {
-            container: self.running(&request.container_id)?,
+            pod,
+            container,
             command: request.cmd,
             tty: request.tty,
             stdin: request.stdin,
@@ -342,8 +344,10 @@ impl RuntimeService for Runtime {
 
     async fn attach(&self, request: Request<v1::AttachRequest>) -> Answer<v1::AttachResponse> {
         let request = request.into_inner();
+        let (container, pod) = self.running(&request.container_id)?;
         let url = self.session_url(StreamRequest::Attach(coracle_stream::AttachRequest {
-            container: self.running(&request.container_id)?,
+            pod,
+            container,
             tty: request.tty,
             stdin: request.stdin,
             stdout: request.stdout,
@@ -464,8 +468,8 @@ impl RuntimeService for Runtime {
 }
 
 impl Runtime {
-    /// The full id of a container that runs.
-    fn running(&self, id: &str) -> Result<String, Status> {
+    /// The full ids of a container that runs and of its pod.
+    fn running(&self, id: &str) -> Result<(String, String), Status> {
         self.0.engine.check_running(id).map_err(|e| of_engine(&e))
     }
 

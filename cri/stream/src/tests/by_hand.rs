@@ -22,6 +22,7 @@ async fn serve_by_hand() {
         let (tty, stdin) = (flags.contains('t'), flags.contains('i'));
         let request = match kind {
             "exec" => StreamRequest::Exec(ExecRequest {
+                pod: "pod".to_owned(),
                 container: "container".to_owned(),
                 command: ["sh", "-c", script].map(str::to_owned).to_vec(),
                 tty,
@@ -30,6 +31,7 @@ async fn serve_by_hand() {
                 stderr: !tty,
             }),
             "attach" => StreamRequest::Attach(AttachRequest {
+                pod: "pod".to_owned(),
                 container: script.to_owned(),
                 tty,
                 stdin,

@@ -265,6 +265,7 @@ async fn attachments_end_with_their_output() {
     let fixture = Fixture::start().await;
     let attach = |script: &str, tty, stdin, output| {
         fixture.url(StreamRequest::Attach(AttachRequest {
+            pod: "pod".to_owned(),
             container: script.to_owned(),
             tty,
             stdin,

@@ -12,7 +12,7 @@ use tokio::sync::{oneshot, watch};
 
 use crate::{
     AttachRequest, ExecRequest, Limits, PortForwardRequest, Process, Refused, Server, SessionError, Sessions,
-    StreamRequest,
+    StreamRequest, Tls,
 };
 
 /// Runs commands.
@@ -146,9 +146,15 @@ impl Fixture {
     }
 
     pub(super) async fn with(limits: Limits) -> Fixture {
+        Fixture::over(limits, None).await
+    }
+
+    pub(super) async fn over(limits: Limits, tls: Option<Tls>) -> Fixture {
         let local = Local::new();
         let address = (Ipv4Addr::LOCALHOST, 0).into();
-        let server = Server::bind(address, limits, Arc::clone(&local)).await.unwrap();
+        let server = Server::bind(address, tls, limits, Arc::clone(&local))
+            .await
+            .unwrap();
         let server = Arc::new(server);
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = Arc::clone(&server);
@@ -185,6 +191,7 @@ impl Fixture {
 
 pub(super) fn exec(script: &str, tty: bool, stdin: bool) -> StreamRequest {
     StreamRequest::Exec(ExecRequest {
+        pod: "pod".to_owned(),
         container: "container".to_owned(),
         command: ["sh", "-c", script].map(str::to_owned).to_vec(),
         tty,
@@ -196,11 +203,7 @@ pub(super) fn exec(script: &str, tty: bool, stdin: bool) -> StreamRequest {
 
 #[tokio::test]
 async fn requests_that_cannot_be_get_no_url() {
-    let fixture = Fixture::with(Limits {
-        tokens: 1,
-        ..Limits::default()
-    })
-    .await;
+    let fixture = Fixture::start().await;
     let refused = |change: fn(&mut ExecRequest)| {
         let mut request = ExecRequest {
             container: "c".to_owned(),
@@ -226,5 +229,4 @@ async fn requests_that_cannot_be_get_no_url() {
     let (_, token) = url.rsplit_once('/').unwrap();
     assert!(url.starts_with("http://127.0.0.1:") && url.contains("/portforward/"));
     assert_eq!(token.len(), 64);
-    assert_eq!(refused(|_| {}), Refused::TooMany(1));
 }

@@ -12,7 +12,7 @@ use crate::Limits;
 const PROTOCOL: &str = "portforward.k8s.io";
 
 /// A listener whose connections are given to a function.
-async fn listen<F, R>(serve: F) -> u16
+pub(super) async fn listen<F, R>(serve: F) -> u16
 where
     F: Fn(TcpStream) -> R + Send + 'static,
     R: Future<Output = ()> + Send + 'static,
@@ -27,14 +27,14 @@ where
     port
 }
 
-async fn echo(mut socket: TcpStream) {
+pub(super) async fn echo(mut socket: TcpStream) {
     let (mut read, mut write) = socket.split();
     let _ = tokio::io::copy(&mut read, &mut write).await;
     let _ = write.shutdown().await;
 }
 
 /// Opens the pair of one connection: (error, data).
-async fn pair(client: &mut Spdy, port: u16, id: u32) -> (u32, u32) {
+pub(super) async fn pair(client: &mut Spdy, port: u16, id: u32) -> (u32, u32) {
     let (port, id) = (port.to_string(), id.to_string());
     let headers = |kind| {
         [
@@ -49,7 +49,7 @@ async fn pair(client: &mut Spdy, port: u16, id: u32) -> (u32, u32) {
 }
 
 /// Reads frames until these streams are over; the data of each.
-async fn until_over(client: &mut Spdy, streams: &[u32]) -> Vec<Vec<u8>> {
+pub(super) async fn until_over(client: &mut Spdy, streams: &[u32]) -> Vec<Vec<u8>> {
     let mut got = vec![Vec::new(); streams.len()];
     let mut over = vec![false; streams.len()];
     while over.contains(&false) {
@@ -96,6 +96,77 @@ async fn a_target_that_closes_first_is_told_and_the_session_goes_on() {
         client.send(&super::client::control(3, 0, &reset)).await;
         assert_eq!(until_over(&mut client, &[error]).await, [b""]);
     }
+}
+
+/// A client before Kubernetes 1.32: it lets go of its own side only when both of our streams have ended.
+#[tokio::test]
+async fn a_target_that_ends_first_ends_the_connection_of_old_clients_too() {
+    let fixture = Fixture::start().await;
+    let closes = listen(|mut socket| async move {
+        let _ = socket.write_all(b"bye").await;
+    })
+    .await;
+    // it says that it has no more to say, and never listens
+    let deaf = listen(|mut socket| async move {
+        let _ = socket.write_all(b"bye").await;
+        let _ = socket.shutdown().await;
+        std::future::pending::<()>().await;
+    })
+    .await;
+    let resets = listen(|socket| async move {
+        let _ = socket.set_zero_linger();
+    })
+    .await;
+    let mut client = Spdy::connect(&fixture.forward(&[]), PROTOCOL).await;
+    for (id, port, said) in [(0, closes, &b"bye"[..]), (1, deaf, b"bye"), (2, resets, b"")] {
+        let (error, stream) = pair(&mut client, port, id).await;
+        // no text: older clients end with the first one
+        assert_eq!(until_over(&mut client, &[stream, error]).await, [said, b""]);
+        client.data(stream, b"", true).await;
+    }
+    // what it has sent before is still given to the target
+    let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+    let listens = listen(move |mut socket| {
+        let told = told.clone();
+        async move {
+            let _ = socket.shutdown().await;
+            let mut bytes = Vec::new();
+            let _ = socket.read_to_end(&mut bytes).await;
+            let _ = told.send(bytes);
+        }
+    })
+    .await;
+    let (error, stream) = pair(&mut client, listens, 3).await;
+    client.data(stream, b"last words", false).await;
+    assert_eq!(until_over(&mut client, &[stream, error]).await, [b"", b""]);
+    client.data(stream, b"", true).await;
+    assert_eq!(heard.recv().await.unwrap(), b"last words");
+}
+
+#[tokio::test]
+async fn a_target_that_ends_and_does_not_listen_holds_up_no_other() {
+    let fixture = Fixture::with(Limits {
+        drain: Duration::from_millis(200),
+        ..Limits::default()
+    })
+    .await;
+    let deaf = listen(|mut socket| async move {
+        let _ = socket.shutdown().await;
+        std::future::pending::<()>().await;
+    })
+    .await;
+    let good = listen(echo).await;
+    let mut client = Spdy::connect(&fixture.forward(&[]), PROTOCOL).await;
+    let (error, stream) = pair(&mut client, deaf, 0).await;
+    assert_eq!(until_over(&mut client, &[stream, error]).await, [b"", b""]);
+    // more than waits for a target, and than the socket to it takes
+    let chunk = vec![0; 1 << 20];
+    for _ in 0..24 {
+        client.data(stream, &chunk, false).await;
+    }
+    let (_, stream) = pair(&mut client, good, 1).await;
+    client.data(stream, b"still", true).await;
+    assert_eq!(until_over(&mut client, &[stream]).await, [b"still"]);
 }
 
 #[tokio::test]

@@ -6,10 +6,10 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use super::client::{Frame, Socket, Spdy, control, data, refused, spdy_lines};
-use super::fake::Fixture;
-use crate::Limits;
+use super::fake::{Fixture, exec};
 use crate::spdy::header::deflate::Deflater;
 use crate::ws::frame::masked;
+use crate::{Limits, StreamRequest};
 
 const V4: &str = "v4.channel.k8s.io";
 
@@ -25,70 +25,96 @@ async fn a_url_works_once_and_only_for_what_it_is() {
     let fixture = Fixture::start().await;
     let lines = spdy_lines(V4);
     let lines = lines.each_ref().map(String::as_str);
-    let url = fixture.exec("true", false, false);
     let base = format!("http://{}", fixture.server.address());
     for wrong in [
         format!("{base}/"),
         format!("{base}/exec/short"),
         format!("{base}/exec/{}", "0".repeat(64)),
-        url.replace("/exec/", "/attach/"),
-        format!("{url}/more"),
+        fixture.exec("true", false, false) + "/more",
     ] {
         let (head, text) = refused("POST", &wrong, &lines).await;
         assert!(head.starts_with("http/1.1 404"), "{wrong}: {head}");
         assert!(text.contains("no such session"));
     }
-    // what is no upgrade is told so, and the URL is still good
-    let (head, text) = refused("GET", &url, &[]).await;
-    assert!(
-        head.starts_with("http/1.1 400") && text.contains("SPDY/3.1"),
-        "{head} {text}"
-    );
-    let (head, text) = refused("PUT", &url, &lines).await;
-    assert!(
-        head.starts_with("http/1.1 400") && text.contains("PUT"),
-        "{head} {text}"
-    );
-    let other = [
-        "Connection: Upgrade",
-        "Upgrade: SPDY/3.1",
-        "X-Stream-Protocol-Version: v9",
-    ];
-    let (head, text) = refused("POST", &url, &other).await;
-    assert!(
-        head.starts_with("http/1.1 403") && text.contains("v2.channel.k8s.io"),
-        "{head} {text}"
-    );
+    let url = fixture.exec("true", false, false);
     drop(Spdy::connect(&url, V4).await);
     let (head, _) = refused("POST", &url, &lines).await;
     assert!(head.starts_with("http/1.1 404"), "{head}");
 }
 
 #[tokio::test]
-async fn sessions_of_a_container_are_counted() {
+async fn a_request_that_is_refused_uses_its_url_up() {
+    let fixture = Fixture::start().await;
+    let lines = spdy_lines(V4);
+    let lines = lines.each_ref().map(String::as_str);
+    let other = [lines[0], lines[1], "X-Stream-Protocol-Version: v9"];
+    for (method, kind, refused_lines, code, part) in [
+        ("GET", "/exec/", &[][..], 400, "SPDY/3.1"),
+        ("PUT", "/exec/", &lines[..], 400, "PUT"),
+        ("POST", "/exec/", &other[..], 403, "v2.channel.k8s.io"),
+        ("POST", "/attach/", &lines[..], 404, "no such session"),
+    ] {
+        let url = fixture.exec("true", false, false);
+        let (head, text) = refused(method, &url.replace("/exec/", kind), refused_lines).await;
+        assert!(
+            head.starts_with(&format!("http/1.1 {code}")) && text.contains(part),
+            "{head} {text}"
+        );
+        let (head, text) = refused("POST", &url, &lines).await;
+        assert!(head.starts_with("http/1.1 404"), "{method} {kind}: {head} {text}");
+    }
+}
+
+#[tokio::test]
+async fn sessions_and_urls_of_a_pod_are_counted_together() {
     let fixture = Fixture::with(Limits {
-        sessions_per_key: 2,
+        sessions_of_one: 3,
         ..Limits::default()
     })
     .await;
-    let url = || fixture.exec("sleep 1000", false, false);
-    let first = Spdy::connect(&url(), V4).await;
-    let _second = Spdy::connect(&url(), V4).await;
-    let third = url();
-    let lines = spdy_lines(V4);
-    let lines = lines.each_ref().map(String::as_str);
-    let (head, text) = refused("POST", &third, &lines).await;
-    assert!(head.starts_with("http/1.1 429"), "{head}");
-    assert!(text.contains("container has 2 streaming sessions"), "{text}");
+    let session = |pod: &str, container: &str| {
+        let mut request = exec("sleep 1000", false, false);
+        if let StreamRequest::Exec(exec) = &mut request {
+            (exec.pod, exec.container) = (pod.to_owned(), container.to_owned());
+        }
+        fixture.server.url(request)
+    };
+    let first = Spdy::connect(&session("pod", "one").unwrap(), V4).await;
+    let _second = session("pod", "two").unwrap();
+    let refused_url = fixture.forward(&[]);
+    let full = session("pod", "one").unwrap_err().to_string();
+    assert!(
+        full.contains("pod pod has 3 streaming sessions already"),
+        "{full}"
+    );
+    session("other", "one").unwrap();
+    // what an attempt that fails had is free again
+    refused("GET", &refused_url, &[]).await;
+    session("pod", "three").unwrap();
+    session("pod", "three").unwrap_err();
     drop(first);
     // the place is free when the server has seen it
-    loop {
-        let (_, head) = super::client::request("POST", &third, &lines).await;
-        if head.starts_with("http/1.1 101") {
-            break;
-        }
+    while session("pod", "four").is_err() {
         tokio::task::yield_now().await;
     }
+}
+
+#[tokio::test]
+async fn the_commands_of_waiting_requests_have_bounds() {
+    let fixture = Fixture::start().await;
+    let command = |pod: &str, bytes: usize| {
+        let mut request = exec(&"x".repeat(bytes), false, false);
+        if let StreamRequest::Exec(exec) = &mut request {
+            exec.pod = pod.to_owned();
+        }
+        fixture.server.url(request)
+    };
+    command("pod", 5 << 20).unwrap_err();
+    let urls = (0..60).map_while(|_| command("pod", 1 << 20).ok());
+    assert_eq!(urls.count(), 3);
+    command("other", 1 << 20).unwrap();
+    // an attachment keeps nothing
+    fixture.forward(&[]);
 }
 
 #[tokio::test]

@@ -10,3 +10,4 @@ mod forward;
 mod hostile;
 mod properties;
 mod socket;
+mod tls;
