@@ -140,7 +140,9 @@ impl<'a> Session<'a> {
         let wanted = (MEBIBYTES << 20).to_string();
         let size = run_command(command.args(["count", &url, "8080", "/much", &wanted]))?;
         ensure!(
-            size.trim().parse().is_ok_and(|size: usize| size >= MEBIBYTES << 20),
+            size.trim()
+                .parse()
+                .is_ok_and(|size: usize| size >= MEBIBYTES << 20),
             "{size} bytes came"
         );
         Ok(())
