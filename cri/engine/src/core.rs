@@ -37,6 +37,8 @@ pub struct EngineConfig {
     pub default_handler: String,
     /// What a request that leaves a field unset means.
     pub defaults: Defaults,
+    /// How many descriptors a container may have that asks for no limit: soft and hard `RLIMIT_NOFILE` of monitors.
+    pub open_files: (u64, u64),
 }
 
 /// The neighbours that the engine works with.

@@ -104,6 +104,7 @@ async fn run(flags: &Serve, config: &Config, base: Base) -> Result<()> {
         MountApi::Legacy => coracle_snapshot::MountApi::Legacy,
     };
     let snapshots = Arc::new(Snapshotter::open(&directories.root, api)?);
+    let open_files = startup::raise_open_files()?;
     let program = File::open(&binary).with_context(|| format!("open {}", binary.display()))?;
     let own = instance.clone();
     let engine_config = EngineConfig {
@@ -117,6 +118,7 @@ async fn run(flags: &Serve, config: &Config, base: Base) -> Result<()> {
                 config::UnsetSeccomp::Unconfined => UnsetSeccomp::Unconfined,
             },
         },
+        open_files,
     };
     let parts = Parts {
         store,
@@ -134,7 +136,7 @@ async fn run(flags: &Serve, config: &Config, base: Base) -> Result<()> {
     let socket = flags.socket.as_ref().unwrap_or(&config.server.socket);
     let listener = startup::bind_socket(socket, &config.server.socket_group, &directories.state)?;
     let listener = tokio::net::UnixListener::from_std(listener)?;
-    let streams = open_streams(config, &engine).await?;
+    let streams = open_streams(config, open_files.1, &engine).await?;
     let (pulls_sender, pulls) = watch::channel(pull_options(config));
     let shared = Shared {
         engine: engine.clone(),
@@ -320,10 +322,20 @@ fn open_network(
     Ok(Network::new(instance, mode, Arc::new(NetworkRows(store)))?)
 }
 
-async fn open_streams(config: &Config, engine: &Engine) -> Result<Arc<StreamServer<EngineSessions>>> {
+async fn open_streams(
+    config: &Config,
+    descriptors: u64,
+    engine: &Engine,
+) -> Result<Arc<StreamServer<EngineSessions>>> {
     let (address, sessions) = (config.stream.address, Arc::new(EngineSessions(engine.clone())));
     let tls = startup::read_tls(&config.stream)?;
-    let server = StreamServer::bind(address, tls, coracle_stream::Limits::default(), sessions).await;
+    let server = StreamServer::bind(
+        address,
+        tls,
+        coracle_stream::Limits::within(descriptors),
+        sessions,
+    )
+    .await;
     server
         .map(Arc::new)
         .with_context(|| format!("listen at [stream] address {address}"))

@@ -9,6 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use coracle_kernel::error::Errno;
+use coracle_kernel::rlimit::{self, Resource};
 use coracle_kernel::{file, path, probe, scm};
 use coracle_stream::Tls;
 
@@ -41,6 +42,14 @@ pub(crate) fn prepare(root: &Path, state: &Path) -> Result<Directories> {
         state,
         _lock: lock,
     })
+}
+
+/// Lets the daemon open as many files as it ever may; how many it could before, and can now. A service manager's first
+/// limit is 1,024, for programs that count on less; a few port-forwards have more connections.
+pub(crate) fn raise_open_files() -> Result<(u64, u64)> {
+    let (soft, hard) = rlimit::get(0, Resource::NOFILE)?;
+    rlimit::set(0, Resource::NOFILE, hard, hard)?;
+    Ok((soft, hard))
 }
 
 /// What sessions are served with, if `[stream]` names it.

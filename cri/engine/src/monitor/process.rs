@@ -10,6 +10,7 @@ use std::time::Duration;
 use coracle_cgroup::{Options, Placement, monitor_location};
 use coracle_kernel::clone::Child;
 use coracle_kernel::exec::{Program, Spawn};
+use coracle_kernel::rlimit::{self, Resource};
 use coracle_kernel::scm::{self, Kind, Mode};
 use coracle_kernel::signal::Signal;
 use coracle_kernel::wait::{Id, try_wait};
@@ -94,6 +95,11 @@ fn spawn_blocking(core: &Core, pod: &str) -> Result<Child> {
     }
     .spawn()
     .step("start the monitor")?;
+    // Its containers have what it has, and not what the daemon needs for itself.
+    let (soft, hard) = core.config.open_files;
+    if let Err(error) = rlimit::set(child.pid.unsigned_abs(), Resource::NOFILE, soft, hard) {
+        tracing::warn!(%error, "a monitor has the daemon's own limit of descriptors");
+    }
     if let Placement::AfterClone = placement
         && let Err(error) = cgroup.add(child.pid)
     {
