@@ -134,7 +134,7 @@ async fn run(flags: &Serve, config: &Config, base: Base) -> Result<()> {
     let socket = flags.socket.as_ref().unwrap_or(&config.server.socket);
     let listener = startup::bind_socket(socket, &config.server.socket_group, &directories.state)?;
     let listener = tokio::net::UnixListener::from_std(listener)?;
-    let streams = open_streams(config, &engine).await?;
+    let streams = open_streams(config, directories.open_files, &engine).await?;
     let (pulls_sender, pulls) = watch::channel(pull_options(config));
     let shared = Shared {
         engine: engine.clone(),
@@ -327,10 +327,20 @@ fn open_network(
     Ok(network)
 }
 
-async fn open_streams(config: &Config, engine: &Engine) -> Result<Arc<StreamServer<EngineSessions>>> {
+async fn open_streams(
+    config: &Config,
+    descriptors: u64,
+    engine: &Engine,
+) -> Result<Arc<StreamServer<EngineSessions>>> {
     let (address, sessions) = (config.stream.address, Arc::new(EngineSessions(engine.clone())));
     let tls = startup::read_tls(&config.stream)?;
-    let server = StreamServer::bind(address, tls, coracle_stream::Limits::default(), sessions).await;
+    let server = StreamServer::bind(
+        address,
+        tls,
+        coracle_stream::Limits::within(descriptors),
+        sessions,
+    )
+    .await;
     server
         .map(Arc::new)
         .with_context(|| format!("listen at [stream] address {address}"))

@@ -26,6 +26,8 @@ pub(crate) struct Directories {
     pub(crate) root: PathBuf,
     /// The state directory, as a canonical path.
     pub(crate) state: PathBuf,
+    /// How many files the daemon may open.
+    pub(crate) open_files: u64,
     // Held for its lock, which keeps a second daemon off.
     _lock: OwnedFd,
 }
@@ -34,14 +36,15 @@ pub(crate) struct Directories {
 pub(crate) fn prepare(root: &Path, state: &Path) -> Result<Directories> {
     check_kernel()?;
     // A pod takes a dozen of ours and a session eight; programs that are started keep the limit that we were given.
-    let (before, now) = rlimit::raise_open_files()?;
-    tracing::debug!(before, now, "soft limit of open descriptors");
+    let (before, open_files) = rlimit::raise_open_files()?;
+    tracing::debug!(before, now = open_files, "soft limit of open descriptors");
     let root = make_dir(root)?;
     let state = make_dir(state)?;
     let lock = take_lock(&root)?;
     Ok(Directories {
         root,
         state,
+        open_files,
         _lock: lock,
     })
 }

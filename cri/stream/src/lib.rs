@@ -143,6 +143,14 @@ pub struct Limits {
     pub request_bytes: usize,
     /// Those of one pod.
     pub request_bytes_of_one: usize,
+    /// Connections into pods, of all port-forwards.
+    pub forwards: usize,
+    /// Those into one pod.
+    pub forwards_of_one: usize,
+    /// Bytes that port-forwards may keep on their way beside the little that each has.
+    pub memory: usize,
+    /// Those of one pod.
+    pub memory_of_one: usize,
     /// How long a URL may be used.
     pub token_life: Duration,
     /// Connections at once that have not shown a token yet; beyond this, the oldest of them is closed.
@@ -164,11 +172,31 @@ impl Default for Limits {
             request_bytes: 32 << 20,
             // the kernel takes no larger command than 2 MiB, unless stacks are larger than usual
             request_bytes_of_one: 4 << 20,
+            forwards: 16 << 10,
+            forwards_of_one: 2 << 10,
+            memory: 256 << 20,
+            memory_of_one: 32 << 20,
             token_life: Duration::from_secs(60),
             pending: 128,
             handshake: Duration::from_secs(30),
             idle: Duration::from_secs(4 * 60 * 60),
             drain: Duration::from_secs(2),
+        }
+    }
+}
+
+impl Limits {
+    /// As much of the usual bounds as a process that may have this many descriptors can keep, with some left for others.
+    #[must_use]
+    pub fn within(descriptors: u64) -> Limits {
+        let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
+        let usual = Limits::default();
+        Limits {
+            // one has a socket, up to three pipes or a terminal, and another descriptor of the socket for TLS
+            sessions: usual.sessions.min(descriptors / 16),
+            forwards: usual.forwards.min(descriptors / 4),
+            pending: usual.pending.min(descriptors / 16),
+            ..usual
         }
     }
 }

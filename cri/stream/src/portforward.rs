@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::link::{Event, Gone, Link, Piece, Reader, run};
+use crate::shares::Shares;
 use crate::spdy::Headers;
 use crate::spdy::frame::Reason;
 use crate::writer::{Pool, QUEUE, Send};
@@ -28,14 +29,24 @@ const BUDGET: usize = 4 << 20;
 /// Bytes read from a pod at a time, and how many such chunks may be on their way to the client.
 const CHUNK: usize = 256 << 10;
 const CHUNKS: usize = 6;
+/// The same where the pod's sessions have their share of memory already: enough to go on.
+const LEAST_BUDGET: usize = 512 << 10;
+const LEAST_CHUNKS: usize = 2;
 /// Pieces that are written to a pod in one call.
 const BATCH: usize = 32;
+
+/// What the port-forwards of all pods have together.
+pub(crate) struct Room {
+    pub(crate) connections: Arc<Shares>,
+    pub(crate) memory: Arc<Shares>,
+}
 
 /// Serves one session to its end.
 pub(crate) async fn serve<S: Sessions>(
     link: Link,
     request: &PortForwardRequest,
     sessions: Arc<S>,
+    room: &Room,
     limits: &Limits,
 ) -> Result<(), Gone> {
     let Link {
@@ -44,17 +55,24 @@ pub(crate) async fn serve<S: Sessions>(
         clock,
         wire,
     } = link;
+    // Held to the end.
+    let memory = room.memory.take(&request.pod, BUDGET + CHUNKS * CHUNK);
+    let (budget, chunks) = match memory {
+        Ok(_) => (BUDGET, CHUNKS),
+        Err(_) => (LEAST_BUDGET, LEAST_CHUNKS),
+    };
     let (to, queue) = mpsc::channel(QUEUE);
     let mut forwards = Forwards {
         request,
         sessions,
+        connections: &room.connections,
         limits,
         half_close: wire.has_streams(),
         pairs: HashMap::new(),
         targets: HashMap::new(),
         tasks: JoinSet::new(),
-        budget: Arc::new(Semaphore::new(BUDGET)),
-        pool: Pool::new(CHUNKS, CHUNK),
+        budget: Arc::new(Semaphore::new(budget)),
+        pool: Pool::new(chunks, CHUNK),
         to,
     };
     let body = async {
@@ -71,6 +89,8 @@ pub(crate) async fn serve<S: Sessions>(
 struct Forwards<'a, S> {
     request: &'a PortForwardRequest,
     sessions: Arc<S>,
+    /// Connections that this pod and others may have.
+    connections: &'a Arc<Shares>,
     limits: &'a Limits,
     /// Whether the client can say that it sends no more.
     half_close: bool,
@@ -246,11 +266,13 @@ impl<S: Sessions> Forwards<'_, S> {
             pool: Arc::clone(&self.pool),
         };
         let sessions = Arc::clone(&self.sessions);
+        let share = self.connections.take(&pod, 1);
         self.tasks.spawn(async move {
             let dial = async {
-                match allowed {
-                    true => sessions.dial(&pod, port).await,
-                    false => Err("the port is not one of the request's".into()),
+                match &share {
+                    _ if !allowed => Err("the port is not one of the request's".into()),
+                    Err(exhausted) => Err(exhausted.clone().into()),
+                    Ok(_) => sessions.dial(&pod, port).await,
                 }
             };
             let dialled = tokio::select! {
@@ -267,6 +289,7 @@ impl<S: Sessions> Forwards<'_, S> {
             };
             // the writer is gone only when the session is
             drop(result);
+            drop(share);
             streams
         });
     }

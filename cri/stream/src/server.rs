@@ -68,6 +68,8 @@ struct Shared<S> {
     places: Arc<Shares>,
     /// Bytes of their requests.
     bytes: Arc<Shares>,
+    /// What port-forwards have.
+    forwards: portforward::Room,
     /// Connections that have not shown a token, oldest first. Each is closed when its entry is dropped.
     pending: Mutex<BTreeMap<u64, oneshot::Sender<Infallible>>>,
 }
@@ -102,6 +104,14 @@ impl<S: Sessions> Server<S> {
                     limits.request_bytes,
                     limits.request_bytes_of_one,
                 ),
+                forwards: portforward::Room {
+                    connections: Shares::new(
+                        "forwarded connections",
+                        limits.forwards,
+                        limits.forwards_of_one,
+                    ),
+                    memory: Shares::new("bytes on their way", limits.memory, limits.memory_of_one),
+                },
                 pending: Mutex::default(),
             }),
         })
@@ -260,7 +270,7 @@ impl Upgrade {
         match &request {
             StreamRequest::PortForward(request) => {
                 let link = link(portforward::MOST_STREAMS)?;
-                portforward::serve(link, request, Arc::clone(sessions), limits).await
+                portforward::serve(link, request, Arc::clone(sessions), &shared.forwards, limits).await
             }
             StreamRequest::Exec(request) => {
                 let link = link(session::MOST_STREAMS)?;

@@ -170,6 +170,73 @@ async fn a_target_that_ends_and_does_not_listen_holds_up_no_other() {
 }
 
 #[tokio::test]
+async fn connections_into_a_pod_have_a_bound_over_all_its_sessions() {
+    let fixture = Fixture::with(Limits {
+        forwards_of_one: 2,
+        ..Limits::default()
+    })
+    .await;
+    let port = listen(echo).await;
+    let mut first = Spdy::connect(&fixture.forward(&[]), PROTOCOL).await;
+    let mut second = Spdy::connect(&fixture.forward(&[]), PROTOCOL).await;
+    let (_, one) = pair(&mut first, port, 0).await;
+    let (_, two) = pair(&mut second, port, 0).await;
+    for (client, stream) in [(&mut first, one), (&mut second, two)] {
+        client.data(stream, b"here", false).await;
+        assert_eq!(
+            client.read().await,
+            Some(Frame::Data(stream, b"here".to_vec(), false))
+        );
+    }
+    let (error, stream) = pair(&mut second, port, 1).await;
+    let got = until_over(&mut second, &[error, stream]).await;
+    let text = String::from_utf8_lossy(&got[0]);
+    assert!(
+        text.contains("pod pod has 2 forwarded connections already"),
+        "{text}"
+    );
+    // one ends, and there is room
+    first.data(one, b"", true).await;
+    until_over(&mut first, &[one]).await;
+    let mut id = 2;
+    loop {
+        let (error, stream) = pair(&mut second, port, id).await;
+        second.data(stream, b"here", true).await;
+        let got = until_over(&mut second, &[error, stream]).await;
+        if got[1] == b"here" {
+            break;
+        }
+        id += 1;
+    }
+    let small = Limits::within(1024);
+    assert_eq!((small.sessions, small.forwards, small.pending), (64, 256, 64));
+    assert_eq!(Limits::within(u64::MAX), Limits::default());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_without_a_share_of_memory_goes_on_with_little() {
+    let fixture = Fixture::with(Limits {
+        memory_of_one: 0,
+        ..Limits::default()
+    })
+    .await;
+    let port = listen(echo).await;
+    let url = fixture.forward(&[]);
+    let mut client = Spdy::connect(&url, PROTOCOL).await;
+    let mut streams = Vec::new();
+    for id in 0..10 {
+        let (error, stream) = pair(&mut client, port, id).await;
+        streams.extend([stream, error]);
+    }
+    let piece = vec![5; 100_000];
+    for stream in streams.iter().step_by(2) {
+        client.data(*stream, &piece, true).await;
+    }
+    let got = until_over(&mut client, &streams).await;
+    assert!(got.iter().step_by(2).all(|bytes| *bytes == piece));
+}
+
+#[tokio::test]
 async fn a_refused_port_is_an_error_text_and_not_the_end() {
     let fixture = Fixture::start().await;
     let free = {
