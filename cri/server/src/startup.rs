@@ -36,8 +36,7 @@ pub(crate) struct Directories {
 pub(crate) fn prepare(root: &Path, state: &Path) -> Result<Directories> {
     check_kernel()?;
     // A pod takes a dozen of ours and a session eight; programs that are started keep the limit that we were given.
-    let (before, open_files) = rlimit::raise_open_files()?;
-    tracing::debug!(before, now = open_files, "soft limit of open descriptors");
+    let (_, open_files) = rlimit::raise_open_files()?;
     let root = make_dir(root)?;
     let state = make_dir(state)?;
     let lock = take_lock(&root)?;
