@@ -103,9 +103,7 @@ impl<'a> Cluster<'a> {
 
     /// Starts the proxy and the name server too, so that services have addresses and names.
     pub fn start_services(&mut self) -> Result<()> {
-        // Packets that a bridge passes between its own ports must meet the proxy's rules too.
-        self.cell
-            .sh("sysctl -qw net.ipv4.ip_forward=1 net.bridge.bridge-nf-call-iptables=1")?;
+        self.filter_bridged()?;
         let proxy = json!({
             "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration",
             "mode": "nftables", "hostnameOverride": "node1", "clusterCIDR": "10.222.0.0/16",
@@ -131,6 +129,36 @@ impl<'a> Cluster<'a> {
                 .map(|text| (text == "OK").then_some(()))
         })
         .with_context(|| self.tail("coredns"))
+    }
+
+    /// Starts the controller that enforces network policies, and nothing else of it: pods are connected already.
+    pub fn start_policies(&mut self, kube_router: &Path) -> Result<()> {
+        self.filter_bridged()?;
+        let mut command = self.cell.command(kube_router);
+        command
+            .arg("--kubeconfig")
+            .arg(&self.kubeconfig)
+            .args([
+                "--hostname-override=node1",
+                "--service-cluster-ip-range",
+                SERVICES,
+            ])
+            .args([
+                "--run-firewall=true",
+                "--run-router=false",
+                "--run-service-proxy=false",
+                "--run-loadbalancer=false",
+                "--enable-cni=false",
+                "--v=1",
+            ]);
+        self.spawn("kube-router", &mut command)?;
+        wait_for("the policy controller", START, || {
+            // Healthy from the start; the port is there when it has read what there is.
+            self.cell
+                .sh("curl -sf http://127.0.0.1:20244/healthz")
+                .map(|text| (text == "OK\n").then_some(()))
+        })
+        .with_context(|| self.tail("kube-router"))
     }
 
     /// kubectl with these words, in the cell.
@@ -176,7 +204,7 @@ impl<'a> Cluster<'a> {
     pub fn clear(&self, daemon: &Daemon) -> Result<()> {
         self.run(&[
             "delete",
-            "deployments,replicasets,pods,services",
+            "deployments,replicasets,pods,services,networkpolicies",
             "--all",
             "--grace-period=1",
             "--wait=false",
@@ -207,6 +235,13 @@ impl<'a> Cluster<'a> {
         let text = String::from_utf8_lossy(&log).into_owned();
         let lines: Vec<&str> = text.lines().collect();
         format!("{name}: {}", lines[lines.len().saturating_sub(20)..].join("\n"))
+    }
+
+    /// Packets that a bridge passes between its own ports must meet the rules of proxies and controllers too.
+    fn filter_bridged(&self) -> Result<()> {
+        self.cell
+            .sh("sysctl -qw net.ipv4.ip_forward=1 net.bridge.bridge-nf-call-iptables=1")
+            .map(drop)
     }
 
     fn kubernetes(&self, program: &str) -> Command {

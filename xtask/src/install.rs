@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use crate::run::quiet;
 
 /// Debian packages, each with a file or program that shows that it is there.
-const PACKAGES: [(&str, &str); 24] = [
+const PACKAGES: [(&str, &str); 26] = [
     ("musl-tools", "/usr/bin/musl-gcc"),
     ("gcc", "/usr/bin/gcc"),
     ("libc6-dev", "/usr/include/stdlib.h"),
@@ -16,6 +16,8 @@ const PACKAGES: [(&str, &str); 24] = [
     ("gcc-aarch64-linux-gnu", "/usr/bin/aarch64-linux-gnu-gcc"),
     ("iproute2", "/sbin/ip"),
     ("nftables", "/usr/sbin/nft"),
+    ("iptables", "/usr/sbin/iptables"),
+    ("ipset", "/usr/sbin/ipset"),
     ("curl", "/usr/bin/curl"),
     ("openssl", "/usr/bin/openssl"),
     ("apache2-utils", "/usr/bin/htpasswd"),

@@ -353,6 +353,10 @@ fn cluster(run: &mut Run<'_>) -> Result<bool> {
         };
         variables.push((variable, dir.join(program)));
     }
+    // Without it all but the policies is tested.
+    if let Some(dir) = run.tool(Tool::KubeRouter) {
+        variables.push(("KUBE_ROUTER", dir.join("kube-router")));
+    }
     let mut command = integration(run)?;
     command.args(["--test", "cluster"]).envs(variables);
     counting_skips(run, &mut command)

@@ -30,6 +30,8 @@ pub(crate) enum Tool {
     Etcd,
     /// The name server of a cluster.
     Coredns,
+    /// What enforces the policies of a cluster's network.
+    KubeRouter,
     /// Our own driver over the kubelet's client library.
     Criclient,
     /// Our own driver over kubectl's streaming libraries.
@@ -45,6 +47,7 @@ impl Tool {
             Self::Kubelet | Self::Kubernetes => "kubernetes",
             Self::Etcd => "etcd",
             Self::Coredns => "coredns",
+            Self::KubeRouter => "kube-router",
             Self::Criclient => "criclient",
             Self::Streamer => "streamer",
         }
@@ -61,6 +64,7 @@ impl Tool {
             // By the last word of its module's path.
             Self::Etcd => "server",
             Self::Coredns => "coredns",
+            Self::KubeRouter => "kube-router",
             Self::Criclient => "criclient",
             Self::Streamer => "streamer",
         }
@@ -109,6 +113,11 @@ impl Tool {
             ],
             Self::Etcd => &["-ldflags=-s -w", "go.etcd.io/etcd/server/v3"],
             Self::Coredns => &["-ldflags=-s -w", "github.com/coredns/coredns"],
+            Self::KubeRouter => &[
+                // It parses its own version, and complains of one that is none.
+                "-ldflags=-s -w -X github.com/cloudnativelabs/kube-router/v2/pkg/version.Version=v2.1.0",
+                "github.com/cloudnativelabs/kube-router/v2/cmd/kube-router",
+            ],
             Self::Criclient | Self::Streamer => &["-ldflags=-s -w", "."],
         }
     }

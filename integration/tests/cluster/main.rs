@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "all of it is a test")]
 
+mod policies;
 mod services;
 mod sessions;
 
@@ -36,7 +37,7 @@ fn main() -> ExitCode {
         .skip(1)
         .filter(|word| !word.starts_with('-'))
         .collect();
-    let wanted: Vec<Case> = [sessions::ALL, services::ALL]
+    let wanted: Vec<Case> = [sessions::ALL, services::ALL, policies::ALL]
         .concat()
         .into_iter()
         .filter(|(name, _)| words.is_empty() || words.iter().any(|word| name.contains(word.as_str())))
