@@ -3,9 +3,10 @@
 use std::os::unix::fs::MetadataExt as _;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use coracle_image::{Credentials, Image as StoredImage, Reference};
+use coracle_image::{Credentials, Image as StoredImage, ImageConfig, Reference};
 use coracle_proto::cri::image_service_server::ImageService;
 use coracle_proto::cri::{self as v1, FilesystemUsage};
+use serde_json::json;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{Shared, not_done};
@@ -48,8 +49,8 @@ impl ImageService for Images {
         let found = self.0.images.resolve(&name_of(request.image)?);
         let mut info = std::collections::HashMap::new();
         if let Some(image) = found.as_ref().filter(|_| request.verbose) {
-            let config = serde_json::to_string(&image.config).map_err(|e| Status::internal(e.to_string()))?;
-            info.insert("info".to_owned(), format!(r#"{{"imageSpec":{config}}}"#));
+            let document = json!({"imageSpec": image_spec(&image.config)});
+            info.insert("info".to_owned(), document.to_string());
         }
         let image = found.map(|image| convert(&image));
         Ok(Response::new(v1::ImageStatusResponse {
@@ -139,6 +140,31 @@ fn convert(image: &StoredImage) -> v1::Image {
     }
 }
 
+/// The configuration as the OCI image specification writes it: what tools look for in a verbose status.
+fn image_spec(config: &ImageConfig) -> serde_json::Value {
+    let set = |names: &[String]| -> serde_json::Map<String, serde_json::Value> {
+        names.iter().map(|name| (name.clone(), json!({}))).collect()
+    };
+    json!({
+        "created": config.created,
+        "architecture": config.platform.architecture,
+        "os": config.platform.os,
+        "variant": config.platform.variant,
+        "config": {
+            "User": config.user,
+            "ExposedPorts": set(&config.exposed_ports),
+            "Env": config.env,
+            "Entrypoint": config.entrypoint,
+            "Cmd": config.cmd,
+            "Volumes": set(&config.volumes),
+            "WorkingDir": config.working_dir,
+            "Labels": config.labels,
+            "StopSignal": config.stop_signal,
+        },
+        "rootfs": {"type": "layers", "diff_ids": config.diff_ids},
+    })
+}
+
 /// One of user and password, `auth` (both in base64), a refresh token or a bearer token.
 fn credentials(auth: v1::AuthConfig) -> Result<Credentials, Status> {
     if !auth.registry_token.is_empty() {
@@ -213,6 +239,21 @@ mod tests {
         }
         assert_eq!(decode_base64("a b"), None);
         assert_eq!(decode_base64("é"), None);
+    }
+
+    #[test]
+    fn a_verbose_status_has_the_specification_s_names() {
+        let config = ImageConfig {
+            user: "www:33".into(),
+            cmd: vec!["serve".into()],
+            exposed_ports: vec!["80/tcp".into()],
+            ..Default::default()
+        };
+        let spec = image_spec(&config);
+        assert_eq!(spec["config"]["User"], "www:33");
+        assert_eq!(spec["config"]["Cmd"], json!(["serve"]));
+        assert_eq!(spec["config"]["ExposedPorts"], json!({"80/tcp": {}}));
+        assert_eq!(spec["rootfs"]["diff_ids"], json!([]));
     }
 
     #[test]
