@@ -303,12 +303,16 @@ impl ExecGroup {
         let manager = self.manager.clone();
         let outcome =
             blocking(move || act(&mut **manager.lock().unwrap_or_else(std::sync::PoisonError::into_inner)));
-        match outcome.await {
-            // The group goes with the container's leaf at the latest.
-            Ok(Err(error)) => warn!(group = self.name, %error, "cannot {what}"),
-            Err(error) => warn!(group = self.name, %error, "cannot {what}"),
-            Ok(Ok(())) => {}
-        }
+        let error = match outcome.await {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => Error::step(what, error),
+            Err(error) => error,
+        };
+        warn!(
+            group = self.name,
+            error = error.chain(),
+            "the group of an exec goes with its container's at the latest"
+        );
     }
 }
 
