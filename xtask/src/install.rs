@@ -8,12 +8,14 @@ use anyhow::{Context, Result};
 use crate::run::quiet;
 
 /// Debian packages, each with a file or program that shows that it is there.
-const PACKAGES: [(&str, &str); 26] = [
+const PACKAGES: [(&str, &str); 27] = [
     ("musl-tools", "/usr/bin/musl-gcc"),
     ("gcc", "/usr/bin/gcc"),
     ("libc6-dev", "/usr/include/stdlib.h"),
     ("busybox-static", "/bin/busybox"),
     ("gcc-aarch64-linux-gnu", "/usr/bin/aarch64-linux-gnu-gcc"),
+    // Its C library, which the compiler only recommends.
+    ("libc6-dev-arm64-cross", "/usr/aarch64-linux-gnu/include/stdint.h"),
     ("iproute2", "/sbin/ip"),
     ("nftables", "/usr/sbin/nft"),
     ("iptables", "/usr/sbin/iptables"),
