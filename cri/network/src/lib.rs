@@ -335,7 +335,8 @@ impl Network {
 
     /// Removes what this instance made for pods that are not alive: namespaces, rows and what their wirings made. How
     /// many pods' things were removed; those of CNI pods are only on their way, by [`Network::retry`], and so is
-    /// what could not be removed: one pod's remains keep neither the others' nor the daemon from their way.
+    /// what could not be removed: one pod's remains keep neither the others' nor the daemon from their way. So an ADD
+    /// may meet what is still there of a pod that a crash has left without a record.
     pub fn sweep(&self, alive: impl Fn(&str) -> bool) -> Result<usize> {
         let mut dead: Vec<String> = self.pins.list()?;
         dead.extend(self.rows.pods());

@@ -137,7 +137,7 @@ pub(crate) struct Stream {
     pub(crate) address: SocketAddr,
     /// PEM file with the certificate for that address, and those that lead to its authority; empty: no TLS.
     pub(crate) tls_cert: PathBuf,
-    /// PEM file with its private key, which only root may read.
+    /// PEM file with its private key, which not every user may open.
     pub(crate) tls_key: PathBuf,
 }
 

@@ -35,7 +35,7 @@ pub(crate) struct Directories {
 /// Checks the kernel, takes the descriptors that it may have, makes the directories and takes the root's lock.
 pub(crate) fn prepare(root: &Path, state: &Path) -> Result<Directories> {
     check_kernel()?;
-    // A pod takes a dozen of ours and a session eight; programs that are started keep the limit that we were given.
+    // A pod takes a dozen of ours and a session eight; what runs on behalf of pods keeps the limit that we were given.
     let (_, open_files) = rlimit::raise_open_files()?;
     let root = make_dir(root)?;
     let state = make_dir(state)?;

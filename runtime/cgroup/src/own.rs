@@ -41,8 +41,7 @@ pub fn end_workers(host: &Host, instance: &str, timeout: Duration) -> Result<boo
     if !group.exists() {
         return Ok(true);
     }
-    group.kill(timeout)?;
-    group.wait_empty(timeout)
+    Ok(in_time(group.kill(timeout))? && group.wait_empty(timeout)?)
 }
 
 /// The group above those of an instance's running CNI plugins, made where it is missing. It holds no process itself: each
@@ -67,12 +66,7 @@ pub fn end_plugins(host: &Host, instance: &str, timeout: Duration) -> Result<boo
     if !group.exists() {
         return Ok(true);
     }
-    group.kill(timeout)?;
-    match group.remove(timeout) {
-        Ok(()) => Ok(true),
-        Err(Error::Deadline { .. }) => Ok(false),
-        Err(error) => Err(error),
-    }
+    Ok(in_time(group.kill(timeout))? && in_time(group.remove(timeout))?)
 }
 
 /// Removes an instance's groups that hold no process; whether none is left.
@@ -83,12 +77,18 @@ pub fn remove_own(host: &Host, instance: &str) -> Result<bool> {
     if !group.exists() {
         return Ok(true);
     }
-    match group.remove(Duration::ZERO) {
-        Ok(()) => {
-            // Shared with other instances: it goes with the last one.
-            host.remove_if_empty(TOP);
-            Ok(true)
-        }
+    let removed = in_time(group.remove(Duration::ZERO))?;
+    if removed {
+        // Shared with other instances: it goes with the last one.
+        host.remove_if_empty(TOP);
+    }
+    Ok(removed)
+}
+
+/// Whether it was done before its deadline.
+fn in_time(outcome: Result<()>) -> Result<bool> {
+    match outcome {
+        Ok(()) => Ok(true),
         Err(Error::Deadline { .. }) => Ok(false),
         Err(error) => Err(error),
     }

@@ -152,9 +152,6 @@ impl<'a> Spawn<'a> {
                 return (Step::Caller, Errno::ESRCH);
             }
         }
-        if let Err(errno) = rlimit::give_back_open_files() {
-            return (Step::Limits, errno);
-        }
         for procs in self.cgroup_procs {
             if let Err(errno) = fd::write(procs, b"0") {
                 return (Step::Cgroup, errno);
@@ -179,6 +176,10 @@ impl<'a> Spawn<'a> {
         }
         if let Err(errno) = fd::place(pairs) {
             return (Step::Descriptors, errno);
+        }
+        // After that, which may need numbers above the soft limit that there was.
+        if let Err(errno) = rlimit::give_back_open_files() {
+            return (Step::Limits, errno);
         }
         let errno = match (self.program, program) {
             (Program::Path(path), _) => raw_execveat(libc::AT_FDCWD, path, args, env, 0),

@@ -50,6 +50,14 @@ async fn make(pod: &PodHandle) -> Result<()> {
     if let Ok(monitor) = &monitor {
         pod.set_monitor(Some(monitor.clone()));
     }
+    if let (Err(_), Err(error)) = (&network, &monitor) {
+        // The network's failure is the answer.
+        warn!(
+            pod = pod.id(),
+            error = error.chain(),
+            "the monitor did not start either"
+        );
+    }
     let (network, monitor) = (network?, monitor?);
     files::write_hosts(pod, &config, network.as_ref()).await?;
 

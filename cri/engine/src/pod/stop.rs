@@ -1,6 +1,7 @@
 //! StopPodSandbox, and the end of a pod whose monitor died: everything that it holds is released.
 
 use coracle_proto::cri::NamespaceMode;
+use tracing::warn;
 
 use super::{Message, PodHandle, all_done};
 use crate::container::{blocking, cgroup_manager, kill_and_remove};
@@ -54,6 +55,14 @@ pub(crate) async fn release(pod: &PodHandle) -> Result<()> {
     }
     // Neither needs the other, and a plugin that fails must not keep the monitor.
     let (detached, ended) = tokio::join!(detach(pod), end_monitor(pod));
+    if let (Err(error), Err(_)) = (&detached, &ended) {
+        // The monitor's failure is the answer.
+        warn!(
+            pod = pod.id(),
+            error = error.chain(),
+            "the network was not taken down either"
+        );
+    }
     ended.and(detached)
 }
 

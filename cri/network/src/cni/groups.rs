@@ -5,6 +5,7 @@
 //! when a daemon starts belongs to runs that had not ended: it is killed before the daemon sends anything, or it would
 //! go on making behind the back of a DEL what nobody takes down any more.
 
+use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +14,7 @@ use std::time::Duration;
 use coracle_cgroup::{Host, Manager, Placement};
 use coracle_kernel::clone::own_pid;
 
-use crate::lock;
+use crate::{chain_text, lock};
 
 /// How long what is killed may take to be gone. After that it can do no more than end the system call that it is in.
 const KILL_TIME: Duration = Duration::from_secs(5);
@@ -33,12 +34,15 @@ pub(super) struct Groups {
     instance: String,
     /// The group above those of the runs, once there was a run.
     plugins: Mutex<Option<Box<dyn Manager>>>,
+    /// The group of what plugins have left in the background, once one did.
+    helpers: Mutex<Option<Box<dyn Manager>>>,
 }
 
-/// The group of one run. Dropped at its end: what is in it still is let go.
+/// The group of one run. Dropped at its end: what is in it still is let go, unless it was to be killed.
 pub(super) struct Group<'a> {
     groups: &'a Groups,
     manager: Box<dyn Manager>,
+    killed: Cell<bool>,
     /// The cgroup v2 directory that the plugin is born in.
     pub(super) cgroup: Option<OwnedFd>,
     /// `cgroup.procs` files of v1 hierarchies that it writes itself to.
@@ -56,10 +60,11 @@ impl Groups {
             host,
             instance: instance.to_owned(),
             plugins: Mutex::default(),
+            helpers: Mutex::default(),
         })
     }
 
-    /// The group of a run that is about to begin; none where it cannot be made, and is told.
+    /// The group of a run that is about to begin; none where it cannot be made, which is told.
     pub(super) fn begin(&self) -> Option<Group<'_>> {
         // Unlike those of a daemon whose processes could not be killed.
         let name = format!("{}-{}", own_pid(), NEXT.fetch_add(1, Ordering::Relaxed));
@@ -68,60 +73,92 @@ impl Groups {
             *lock(&self.plugins) = None;
             self.make(&name)
         });
-        made.inspect_err(|error| {
-            tracing::warn!(%error, "a CNI plugin runs in the daemon's own cgroup");
+        made.unwrap_or_else(|error| {
+            let error = chain_text(&error);
+            tracing::warn!(error, "a CNI plugin runs in the daemon's own cgroup");
+            None
         })
-        .ok()
     }
 
-    fn make(&self, name: &str) -> coracle_cgroup::Result<Group<'_>> {
+    /// None: this host lets us have no group at all, which is told the first time.
+    fn make(&self, name: &str) -> coracle_cgroup::Result<Option<Group<'_>>> {
         let mut plugins = lock(&self.plugins);
         let above = match &mut *plugins {
             Some(above) => above,
-            none => none.insert(coracle_cgroup::make_plugins(&self.host, &self.instance)?),
+            none => {
+                let above = coracle_cgroup::make_plugins(&self.host, &self.instance)?;
+                if !above.exists() {
+                    tracing::warn!("CNI plugins run in the daemon's own cgroup: it can have no other");
+                }
+                none.insert(above)
+            }
         };
+        if !above.exists() {
+            return Ok(None);
+        }
         let manager = above.sub_group(name)?;
         let (cgroup, cgroup_procs) = match manager.place()? {
             Placement::Into(directory) => (Some(directory), Vec::new()),
             Placement::AfterClone => (None, manager.entrances()?),
         };
-        Ok(Group {
+        Ok(Some(Group {
             groups: self,
             manager,
+            killed: Cell::new(false),
             cgroup,
             cgroup_procs,
-        })
+        }))
     }
 }
 
 impl Group<'_> {
-    /// Kills everything that the run has started.
+    /// Kills everything that the run has started. What survives that is the next daemon's to kill.
     pub(super) fn kill(&self) {
+        self.killed.set(true);
         if let Err(error) = self.manager.kill(KILL_TIME) {
-            tracing::warn!(%error, "cannot kill what a CNI plugin has started");
+            let error = chain_text(&error);
+            tracing::warn!(error, "cannot kill what a CNI plugin has started");
         }
     }
 
     fn end(&mut self) -> coracle_cgroup::Result<()> {
+        if !self.killed.get() && !self.manager.pids()?.is_empty() {
+            self.let_go()?;
+        }
+        self.manager.remove(EMPTY_TIME)
+    }
+
+    /// Moves what is in it to the group of helpers. A number that is another's between the list and the write moves
+    /// that one: a cgroup takes no better name.
+    fn let_go(&self) -> coracle_cgroup::Result<()> {
+        let mut helpers = lock(&self.groups.helpers);
         for _ in 0..MOVES {
+            let to = match &mut *helpers {
+                Some(to) => to,
+                none => {
+                    let (host, instance) = (&self.groups.host, &self.groups.instance);
+                    none.insert(coracle_cgroup::make_helpers(host, instance)?)
+                }
+            };
             let left = self.manager.pids()?;
             if left.is_empty() {
                 break;
             }
-            let helpers = coracle_cgroup::make_helpers(&self.groups.host, &self.groups.instance)?;
-            for pid in left {
-                // It may have ended meanwhile; whatever else it is, it stays and is told below.
-                let _ = helpers.add(pid);
+            let moved: coracle_cgroup::Result<()> = left.into_iter().try_for_each(|pid| to.add(pid));
+            if moved.is_err() {
+                // It has ended meanwhile, or somebody has removed the group.
+                *helpers = None;
             }
         }
-        self.manager.remove(EMPTY_TIME)
+        Ok(())
     }
 }
 
 impl Drop for Group<'_> {
     fn drop(&mut self) {
         if let Err(error) = self.end() {
-            tracing::warn!(%error, "the cgroup of a CNI plugin stays");
+            let error = chain_text(&error);
+            tracing::warn!(error, "the cgroup of a CNI plugin stays");
         }
     }
 }
@@ -186,6 +223,32 @@ mod tests {
         drop(next.begin().unwrap());
         helper.kill().unwrap();
         helper.wait().unwrap();
+    }
+
+    #[test]
+    fn what_many_leave_at_a_time_all_stays() {
+        let instance = Instance::new();
+        let groups = Groups::take_over(&instance.0).unwrap();
+        let Some(first) = begun(&groups) else { return };
+        drop(first);
+        let barrier = std::sync::Barrier::new(8);
+        let mut helpers: Vec<Child> = std::thread::scope(|scope| {
+            let left = || {
+                let run = groups.begin().unwrap();
+                let helper = sleeper(&run);
+                barrier.wait();
+                drop(run);
+                helper
+            };
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(left)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        Groups::take_over(&instance.0).unwrap();
+        for helper in &mut helpers {
+            assert!(helper.try_wait().unwrap().is_none(), "a helper was killed");
+            helper.kill().unwrap();
+            helper.wait().unwrap();
+        }
     }
 
     #[test]

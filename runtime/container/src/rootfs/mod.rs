@@ -133,7 +133,7 @@ impl<'a> Rootfs<'a> {
             .doing("set the propagation of", || "/".into())?;
         let place = match &stage {
             Some(stage) => coracle_kernel::fd::dup(stage).doing("open the root", || show(context.root))?,
-            None => open_place(context.root)?,
+            None => open_place(context.root, "open the root")?,
         };
         // "/" alone, or shared: then mounts of the host's tree may still have peers outside.
         let is_cut_off = wanted.recursive && wanted.kind != PropagationKind::Shared;
@@ -219,15 +219,15 @@ impl<'a> Rootfs<'a> {
 }
 
 /// A place in the host's tree where something is attached; the bundle must not choose another one by a symlink.
-fn open_place(place: &Path) -> Result<OwnedFd> {
+fn open_place(place: &Path, step: &'static str) -> Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW;
-    path::open(place, flags).doing("open the root", || show(place))
+    path::open(place, flags).doing(step, || show(place))
 }
 
 /// Attaches what is lent at its places, for this namespace alone.
 fn attach_lent(lent: &[Lent], is_cut_off: bool) -> Result<()> {
     for Lent { mount, at } in lent {
-        let place = open_place(at)?;
+        let place = open_place(at, "open the place of a pod's mount")?;
         if !is_cut_off {
             make_parent_private(&place, at)?;
         }

@@ -31,7 +31,7 @@ pub(crate) fn gather(config: &Config, context: &mut Context<'_>) -> Result<()> {
     mount_attr::set_propagation(&host, Propagation::Slave, true)
         .doing("set the propagation of", || "/".into())?;
     attach_lent(&std::mem::take(&mut context.lent), true)?;
-    let place = open_place(context.root)?;
+    let place = open_place(context.root, "open the root")?;
     let root = match std::mem::replace(&mut context.source, Source::Staged) {
         Source::Detached(mount) => mount,
         Source::Path | Source::Staged => {
