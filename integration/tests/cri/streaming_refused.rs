@@ -289,10 +289,14 @@ async fn urls_are_good_once_and_for_their_purpose() -> Result<()> {
 }
 
 async fn a_pod_has_so_many_sessions() -> Result<()> {
-    let (node, pod, id) = running("many").await?;
+    let node = Node::with_busybox(Options::default()).await?;
     let config = request::pod("many", &node.logs);
-    let second = request::container("second", "sleep 1000");
-    let second = node.run_container(&pod, &second, &config).await?;
+    let pod = node.run_pod(&config).await?;
+    let run = async |name| {
+        let container = request::container(name, "sleep 1000");
+        node.run_container(&pod, &container, &config).await
+    };
+    let (id, second) = (run("main").await?, run("second").await?);
     let mut sessions = Vec::new();
     // Those of all of its containers, and URLs that wait.
     for number in 0..60 {
