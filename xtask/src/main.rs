@@ -40,10 +40,10 @@ enum Task {
     },
     /// The suites in the cgroup v2 guest
     Vm {
-        /// The long counts, and runc before coracle; builds the guest's kernel where there is none
+        /// The long counts, runc before coracle, and kubectl; builds the guest's kernel where there is none
         #[arg(long)]
         long: bool,
-        /// A group (oci, cri, kubelet), or tests whose names contain this
+        /// A group (oci, cri, kubelet, cluster), or tests whose names contain this
         filter: Option<String>,
     },
     /// Both programs, static, with their checksums, in dist/
