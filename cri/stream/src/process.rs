@@ -129,7 +129,8 @@ pub(crate) async fn copy(
         }
     };
     let beside = async {
-        tokio::join!(feeding, resize(tty, size));
+        // a size comes before what was typed after it
+        tokio::join!(biased; resize(tty, size), feeding);
         std::future::pending::<Infallible>().await
     };
     tokio::select! {

@@ -1,5 +1,7 @@
 //! Exec over WebSocket.
 
+use tokio::io::AsyncWriteExt as _;
+
 use super::client::Socket;
 use super::fake::Fixture;
 
@@ -26,14 +28,22 @@ async fn v5_closes_input_by_a_signal() {
 #[tokio::test]
 async fn v4_has_a_status_and_a_terminal() {
     let fixture = Fixture::start().await;
-    let url = fixture.exec("read x; stty size", true, true);
-    let mut client = Socket::connect(&url, "v4.channel.k8s.io").await;
-    client.send(2, b"\x04{\"Width\":90,\"Height\":30}").await;
-    client.send(2, b"\0go\n").await;
-    let (channels, _) = client.rest().await;
-    let text = String::from_utf8(channels[&1].clone()).unwrap();
-    assert!(text.contains("30 90"), "{text:?}");
-    assert_eq!(channels[&3], br#"{"status":"Success"}"#);
+    // together, so that one read brings both: the size is there before what was typed after it
+    let mask = [1, 2, 3, 4];
+    let both = [
+        crate::ws::frame::masked(0x82, mask, b"\x04{\"Width\":90,\"Height\":30}"),
+        crate::ws::frame::masked(0x82, mask, b"\0go\n"),
+    ]
+    .concat();
+    for _ in 0..10 {
+        let url = fixture.exec("read x; stty size", true, true);
+        let mut client = Socket::connect(&url, "v4.channel.k8s.io").await;
+        client.socket.write_all(&both).await.unwrap();
+        let (channels, _) = client.rest().await;
+        let text = String::from_utf8(channels[&1].clone()).unwrap();
+        assert!(text.contains("30 90"), "{text:?}");
+        assert_eq!(channels[&3], br#"{"status":"Success"}"#);
+    }
 }
 
 #[tokio::test]
@@ -73,8 +83,6 @@ async fn the_oldest_protocols_tell_failures_as_text() {
 
 #[tokio::test]
 async fn fragments_and_a_close_handshake() {
-    use tokio::io::AsyncWriteExt as _;
-
     let fixture = Fixture::start().await;
     let url = fixture.exec("cat", false, true);
     let mut client = Socket::connect(&url, "v5.channel.k8s.io").await;
