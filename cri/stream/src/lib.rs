@@ -147,7 +147,8 @@ pub struct Limits {
     pub forwards: usize,
     /// Those into one pod.
     pub forwards_of_one: usize,
-    /// Bytes that port-forwards may keep on their way beside the little that each has.
+    /// Bytes that port-forwards may keep on their way. One has 5.5 MiB of them, or where there are not so many for it
+    /// 1 MiB, which does not count.
     pub memory: usize,
     /// Those of one pod.
     pub memory_of_one: usize,
