@@ -134,8 +134,8 @@ pub struct Process {
 pub struct Limits {
     /// Sessions at once. A URL that was given and not used yet is one.
     ///
-    /// Of this, as of what follows with a second number, a pod may have an eighth of what is free, and never more than
-    /// that number: however many others take all they can, a pod that has none finds some.
+    /// Of this, as of what follows with a second number, a pod may have an eighth of what is free (one where that is
+    /// less), and never more than that number: whatever others take, a pod that has none finds one while any is free.
     pub sessions: usize,
     /// Those of one pod.
     pub sessions_of_one: usize,
@@ -147,7 +147,8 @@ pub struct Limits {
     pub forwards: usize,
     /// Those into one pod.
     pub forwards_of_one: usize,
-    /// Bytes that port-forwards may keep on their way beside the little that each has.
+    /// Bytes that port-forwards may keep on their way. One has 5.5 MiB of them, or where there are not so many for it
+    /// 1 MiB, which does not count.
     pub memory: usize,
     /// Those of one pod.
     pub memory_of_one: usize,

@@ -33,11 +33,15 @@ const FAREWELL: Duration = Duration::from_secs(1);
 /// What a piece that waits costs beside its bytes.
 const PIECE: usize = 128;
 
-/// Below this a piece that waits is a copy.
-const COPIED: usize = 64 << 10;
+/// The largest block that a piece lies in: what one read takes, behind a frame that has not come whole yet (little more
+/// than 16 KiB at most).
+const BLOCK: usize = MOST_READ + (32 << 10);
 
-/// What one piece counts for at most: no budget is smaller.
-const MOST_COST: u32 = 512 << 10;
+/// Below this a piece that waits is a copy. Others keep the block that they lie in, and count for it.
+const COPIED: usize = MOST_READ / 2;
+
+/// What a piece counts for that keeps its block: no budget is smaller.
+const MOST_COST: usize = BLOCK + PIECE;
 
 /// What the bytes on a socket are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -277,13 +281,7 @@ impl Reader {
 
     /// Counts bytes that have arrived against what may wait; when too much does, waits until some of it is taken.
     pub(crate) async fn hold(&self, budget: &Arc<Semaphore>, bytes: Bytes) -> Result<Piece, Gone> {
-        // A small piece must not keep the whole buffer that it came in; a large one must fit into any budget.
-        let bytes = if bytes.len() < COPIED {
-            Bytes::copy_from_slice(&bytes)
-        } else {
-            bytes
-        };
-        let cost = u32::try_from(bytes.len() + PIECE).map_or(MOST_COST, |cost| cost.min(MOST_COST));
+        let (bytes, cost) = kept(bytes);
         let permit = tokio::select! {
             biased;
             permit = Arc::clone(budget).acquire_many_owned(cost) => permit.ok(),
@@ -312,7 +310,7 @@ impl Reader {
 
     async fn fill(&mut self) -> Result<(), Gone> {
         if self.input.capacity() - self.input.len() < self.read / 2 {
-            self.input.reserve(self.read);
+            make_room(&mut self.input, self.read);
         }
         let room = self.input.capacity() - self.input.len();
         let got = self.socket.read_buf(&mut self.input).await.map_err(Gone::Read)?;
@@ -335,7 +333,10 @@ impl Reader {
                 }
                 match frames.next(&mut self.input)? {
                     Some(ws::frame::Event::Piece(piece)) if inner.is_empty() => *inner = piece.bytes,
-                    Some(ws::frame::Event::Piece(piece)) => inner.extend_from_slice(&piece.bytes),
+                    Some(ws::frame::Event::Piece(piece)) => {
+                        make_room(inner, piece.bytes.len());
+                        inner.extend_from_slice(&piece.bytes);
+                    }
                     Some(other) => return Ok(answer(other, &mut self.closing)),
                     None => return Ok(None),
                 }
@@ -352,6 +353,26 @@ impl Reader {
                 }
             },
         }
+    }
+}
+
+/// A piece as it waits, and what it keeps in memory.
+fn kept(bytes: Bytes) -> (Bytes, u32) {
+    let (bytes, cost) = match bytes.len() {
+        length if length < COPIED => (Bytes::copy_from_slice(&bytes), length + PIECE),
+        _ => (bytes, MOST_COST),
+    };
+    (bytes, u32::try_from(cost).unwrap_or(u32::MAX))
+}
+
+/// Makes room for so much more, in a block that is no larger than that asks for: `reserve` would double the last one.
+fn make_room(buffer: &mut BytesMut, want: usize) {
+    if !buffer.try_reclaim(want) {
+        let length = buffer.len();
+        // what comes in small parts is not to be copied for each of them
+        let mut block = BytesMut::with_capacity(length + want.max(length));
+        block.extend_from_slice(buffer);
+        *buffer = block;
     }
 }
 
@@ -391,5 +412,68 @@ impl From<ws::channel::Event> for Event {
                 stream: channel.into(),
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is left when the longest control frame has not come whole.
+    const LEFT: usize = (16 << 10) + 23;
+
+    #[test]
+    fn a_piece_counts_for_what_it_keeps() {
+        for length in [
+            0,
+            1,
+            4096,
+            64 << 10,
+            COPIED - 1,
+            COPIED,
+            192 << 10,
+            MOST_READ,
+            BLOCK,
+        ] {
+            let mut block = BytesMut::zeroed(BLOCK);
+            let piece = block.split_to(length).freeze();
+            let came = piece.as_ptr();
+            let (bytes, cost) = kept(piece);
+            let keeps = match bytes.as_ptr() == came {
+                true if length > 0 => BLOCK,
+                _ => length,
+            };
+            assert!(
+                bytes.len() == length && cost as usize >= keeps,
+                "{length}: {cost}"
+            );
+            // a session that has little takes it as well
+            assert!(cost <= 512 << 10, "{length}: {cost}");
+        }
+    }
+
+    #[test]
+    fn no_block_is_larger_than_what_is_counted() {
+        // what of a block is kept elsewhere, and what is left in the buffer
+        for kept in [false, true] {
+            for left in [0, 1, 100, LEFT] {
+                let (mut buffer, mut read, mut pieces) = (BytesMut::new(), FIRST_READ, Vec::new());
+                for _ in 0..20 {
+                    make_room(&mut buffer, read);
+                    assert!(buffer.capacity() <= BLOCK, "{left}: {}", buffer.capacity());
+                    buffer.resize(buffer.capacity(), 0);
+                    let piece = buffer.split_to(buffer.len() - left.min(buffer.len()));
+                    pieces.extend(kept.then_some(piece));
+                    read = (read * 2).min(MOST_READ);
+                }
+            }
+        }
+        // and where it comes in small parts
+        let mut buffer = BytesMut::new();
+        while buffer.len() < LEFT {
+            make_room(&mut buffer, 1);
+            buffer.extend_from_slice(&[0]);
+        }
+        assert!(buffer.capacity() <= 2 * LEFT, "{}", buffer.capacity());
     }
 }

@@ -188,7 +188,7 @@ async fn connection<S: Sessions>(shared: Arc<Shared<S>>, socket: TcpStream, mut 
     // upgrade would have it too, which Go's clients do not take.
     let http = async {
         let socket = match &shared.tls {
-            Some(Tls(acceptor)) => Socket::Tls(Box::new(acceptor.accept(socket).await?)),
+            Some(tls) => Socket::Tls(Box::new(tls.accept(socket).await?)),
             None => Socket::Plain(socket),
         };
         http1::Builder::new()

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// A pod may have this part of what is free. The rest is for those that come later: of N pods that take all they can
-/// each has the same, a little less than 1/(N + 8) of the whole, and one more finds almost as much.
+/// A pod may have this part of what is free, and one where that is less. The rest is for those that come later: of N pods
+/// that take all they can each has the same, a little less than 1/(N + 8) of the whole, and one more finds almost as much.
 const PART: usize = 8;
 
 /// Something that pods share.
@@ -58,7 +58,8 @@ impl Shares {
         let mut taken = self.lock();
         let has = taken.of.get(pod).copied().unwrap_or_default();
         let free = self.most - taken.all;
-        let may = self.most_of_one.min(free / PART);
+        // of few there is one for each pod, until none is free
+        let may = self.most_of_one.min((free / PART).max(1)).min(free);
         if amount > 0 && has.saturating_add(amount) > may {
             return Err(Exhausted {
                 pod: pod.to_owned(),
@@ -130,6 +131,26 @@ mod tests {
                 late.len()
             );
         }
+    }
+
+    #[test]
+    fn of_few_a_pod_without_any_gets_one_while_one_is_free() {
+        for most in 0..40 {
+            let shares = Shares::new("sessions", most, 64);
+            let all = greedy(&shares, 1);
+            assert_eq!(all.len(), ((most + 1) / 9).max(1).min(most), "{most}");
+            let late = (all.len()..most).map(|pod| shares.take(&format!("late {pod}"), 1).unwrap());
+            let late: Vec<_> = late.collect();
+            let full = shares.take("one more", 1).unwrap_err();
+            assert_eq!((full.may, full.free), (0, 0), "{most}: {}", late.len());
+        }
+        // what is taken at once is not more for that
+        let bytes = Shares::new("bytes", 32, 32);
+        bytes.take("pod", 5).unwrap_err();
+        bytes.take("pod", 4).unwrap();
+        Shares::new("bytes", 7, 7).take("pod", 2).unwrap_err();
+        // and a pod's own bound stays
+        Shares::new("bytes", 7, 0).take("pod", 1).unwrap_err();
     }
 
     #[test]

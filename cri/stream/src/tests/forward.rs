@@ -1,13 +1,17 @@
 //! Port-forward, in its three forms.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
 use super::client::{Frame, Socket, Spdy, data};
-use super::fake::Fixture;
-use crate::Limits;
+use super::fake::{Fixture, Local};
+use crate::link::{Link, Wire};
+use crate::portforward::{Room, serve};
+use crate::shares::Shares;
+use crate::{Limits, PortForwardRequest};
 
 const PROTOCOL: &str = "portforward.k8s.io";
 
@@ -234,6 +238,40 @@ async fn a_session_without_a_share_of_memory_goes_on_with_little() {
     }
     let got = until_over(&mut client, &streams).await;
     assert!(got.iter().step_by(2).all(|bytes| *bytes == piece));
+}
+
+#[tokio::test]
+async fn a_share_of_memory_is_kept_to_the_end_of_the_session() {
+    let memory = Shares::new("bytes", 80 << 20, 6 << 20);
+    let room = Room {
+        connections: Shares::new("connections", 80, 8),
+        memory: Arc::clone(&memory),
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let socket = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let (served, _) = listener.accept().await.unwrap();
+    let link = Link::new(crate::transport::Socket::Plain(served), &[], Wire::Spdy, 16).unwrap();
+    let session = tokio::spawn(async move {
+        let request = PortForwardRequest {
+            pod: "pod".to_owned(),
+            ports: Vec::new(),
+        };
+        serve(link, &request, Local::new(), &room, &Limits::default()).await
+    });
+    let port = listen(echo).await;
+    let mut client = Spdy::over(socket);
+    let (error, stream) = pair(&mut client, port, 0).await;
+    client.data(stream, b"here", true).await;
+    assert_eq!(
+        until_over(&mut client, &[stream, error]).await,
+        [&b"here"[..], b""]
+    );
+    // it has 5.5 MiB
+    memory.take("pod", 1 << 20).unwrap_err();
+    memory.take("pod", 512 << 10).unwrap();
+    drop(client);
+    session.await.unwrap().unwrap_err();
+    memory.take("pod", 6 << 20).unwrap();
 }
 
 #[tokio::test]

@@ -185,7 +185,6 @@ async fn who_speaks_no_tls_ends_alone() {
     let authority = Authority::new();
     let limits = Limits {
         handshake: Duration::from_millis(500),
-        pending: 8,
         ..Limits::default()
     };
     let (fixture, through) = start(&authority, limits, rustls::ALL_VERSIONS).await;
@@ -212,10 +211,36 @@ async fn who_speaks_no_tls_ends_alone() {
         assert!(end.await.is_ok(), "case {number} is kept");
         assert!(!answer.starts_with(b"HTTP"), "case {number}");
     }
-    // many that never finish are closed for others
+    good.data(3, b"fine", true).await;
+    assert_eq!(good.rest().await.text(5), "fine");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn handshakes_that_never_end_are_given_up_for_later_ones() {
+    let authority = Authority::new();
+    let limits = Limits {
+        // none ends by time
+        handshake: Duration::from_secs(3600),
+        pending: 8,
+        ..Limits::default()
+    };
+    let (fixture, through) = start(&authority, limits, rustls::ALL_VERSIONS).await;
     let mut idle = Vec::new();
-    for _ in 0..20 {
-        idle.push(TcpStream::connect(fixture.server.address()).await.unwrap());
+    for number in 0..20 {
+        let mut socket = TcpStream::connect(fixture.server.address()).await.unwrap();
+        // some have begun
+        let _ = socket.write_all(&[22, 3, 1][..number % 4]).await;
+        idle.push(socket);
+    }
+    for (number, socket) in idle[..12].iter_mut().enumerate() {
+        let mut answer = Vec::new();
+        let end = tokio::time::timeout(Duration::from_secs(20), socket.read_to_end(&mut answer));
+        assert!(end.await.is_ok(), "{number} is kept");
+    }
+    // and those that are left hold nobody up
+    let mut good = Spdy::connect(&through(fixture.exec("cat", false, true)), V4).await;
+    for kind in ["error", "stdin", "stdout", "stderr"] {
+        good.open_kind(kind).await;
     }
     good.data(3, b"fine", true).await;
     assert_eq!(good.rest().await.text(5), "fine");
