@@ -66,7 +66,7 @@ pub(crate) fn guest(run: &mut Run<'_>) -> Result<bool> {
     if is_wanted(run, "kubelet") {
         groups.extend(kubelet_group(run)?);
     }
-    // Ten minutes beside a busy host. Its tests are chosen by their own words, so a word for others leaves it out.
+    // 3 to 10 minutes, as the host is busy. Its tests are chosen by words of their own: a word for others leaves it out.
     let filter = run.flags.filter.as_deref();
     if filter == Some("cluster") || (run.flags.long && filter.is_none()) {
         groups.extend(cluster_group(run)?);

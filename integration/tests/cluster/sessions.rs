@@ -247,21 +247,39 @@ fn files_are_copied(scene: &mut Scene<'_>) -> Result<()> {
     Ok(())
 }
 
+/// From the first line, while more come, to the last one; and again as the log of the run before.
 fn logs_are_followed(scene: &mut Scene<'_>) -> Result<()> {
-    let script = "n=0; while [ $n -lt 2000 ]; do echo line $n; n=$((n+1)); [ $((n % 100)) = 0 ] && sleep 0.1; done; exit 9";
-    scene.cluster.apply(&[pod("talker", &scene.image, script)])?;
-    let runs = |pod: &Value| container_status(pod, "main")["state"]["running"].is_object();
-    scene.cluster.wait_pod("talker", "to run", runs)?;
-    let expected: String = (0..2000).map(|n| format!("line {n}\n")).collect();
-    let followed = scene.cluster.run(&["logs", "-f", "talker"])?;
+    // The second run stays: a kubelet keeps the log of one run that has ended, and that is then the first.
+    let script = "[ ! -e /state/ran ] || exec sleep 3600; touch /state/ran; \
+                  echo begun; until [ -e /state/go ]; do sleep 0.1; done; \
+                  n=0; while [ $n -lt 2000 ]; do echo line $n; n=$((n+1)); [ $((n % 100)) = 0 ] && sleep 0.1; done; exit 9";
+    let mut talker = pod("talker", &scene.image, script);
+    talker["spec"]["volumes"] = json!([{"name": "state", "emptyDir": {}}]);
+    talker["spec"]["containers"][0]["volumeMounts"] = json!([{"name": "state", "mountPath": "/state"}]);
+    scene.cluster.apply(&[talker])?;
+    scene.cluster.wait_pod("talker", "to run", is_ready)?;
+    let mut command = scene.cluster.kubectl(&["logs", "-f", "talker"]);
+    let mut follower = Background(command.stdout(Stdio::piped()).spawn()?);
+    let mut stdout = BufReader::new(follower.0.stdout.take().context("it has a stdout")?);
+    let mut followed = String::new();
+    stdout.read_line(&mut followed)?;
+    ensure!(followed == "begun\n", "{followed:?}");
+    scene
+        .cluster
+        .run(&["exec", "talker", "--", "touch", "/state/go"])?;
+    stdout.read_to_string(&mut followed)?;
+    let status = follower.0.wait()?;
+    let expected: String = std::iter::once("begun\n".to_owned())
+        .chain((0..2000).map(|n| format!("line {n}\n")))
+        .collect();
     ensure!(
-        followed == expected,
-        "{} bytes of {}",
+        status.success() && followed == expected,
+        "{status}, {} bytes of {}",
         followed.len(),
         expected.len()
     );
     scene.cluster.wait_pod("talker", "to be restarted", |pod| {
-        container_status(pod, "main")["restartCount"].as_u64() >= Some(1) && runs(pod)
+        container_status(pod, "main")["restartCount"] == 1 && is_ready(pod)
     })?;
     let previous = scene.cluster.run(&["logs", "--previous", "talker"])?;
     ensure!(
