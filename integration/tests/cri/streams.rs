@@ -164,10 +164,13 @@ impl Stage {
     pub(crate) async fn settled(&self, before: Cost) -> Result<()> {
         crate::support::eventually(async || {
             let now = self.cost().await?;
-            ensure!(
-                now.daemon_fds <= before.daemon_fds && now.monitor_fds <= before.monitor_fds,
-                "before {before:?}, now {now:?}"
-            );
+            if now.daemon_fds > before.daemon_fds || now.monitor_fds > before.monitor_fds {
+                let monitor = monitor_of(&self.node, &self.pod).await?;
+                bail!(
+                    "before {before:?}, now {now:?}; the monitor: {:?}",
+                    open_in(monitor)?
+                );
+            }
             Ok(())
         })
         .await
@@ -408,6 +411,25 @@ pub(crate) async fn at_rest(mut sample: impl FnMut() -> Result<u64>) -> Result<u
         );
         last = now;
     }
+}
+
+/// What a process has open, and its children.
+fn open_in(pid: i32) -> Result<Vec<String>> {
+    let mut open = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let target = fs::read_link(entry?.path());
+        open.extend(target.map(|target| target.display().to_string()));
+    }
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    for child in children.split_whitespace() {
+        let stat = fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
+        let place = fs::read_to_string(format!("/proc/{child}/wchan")).unwrap_or_default();
+        open.push(format!(
+            "child {} at {place}",
+            stat.chars().take(40).collect::<String>()
+        ));
+    }
+    Ok(open)
 }
 
 fn descriptors(pid: i32) -> Result<usize> {

@@ -33,9 +33,10 @@ impl Monitor {
                     say(warning);
                 }
                 // What has come to an end before its helper told of it is among the strangers from here on.
-                self.telling = true;
+                // Another helper may be heard meanwhile, and when that is done this one is still not.
+                let outer = std::mem::replace(&mut self.telling, true);
                 self.reap();
-                self.telling = false;
+                self.telling = outer;
                 if let Err((reply, failed)) = self.made(helper.job, made, fds) {
                     self.answer(reply, failed, Vec::new());
                 }

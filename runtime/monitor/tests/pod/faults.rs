@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::Case;
 use crate::bundle::{bundle, bundle_with, process};
 use crate::client::{Monitor, pause};
-use crate::look::{children, closed_again, eventually, state};
+use crate::look::{children, closed_again, eventually, is_zombie, state};
 
 pub(crate) const ALL: &[Case] = &[
     (
@@ -36,6 +36,10 @@ pub(crate) const ALL: &[Case] = &[
     (
         "an_exec_whose_asker_is_gone_does_not_stay",
         an_exec_whose_asker_is_gone_does_not_stay,
+    ),
+    (
+        "ends_that_come_before_their_reports_are_told",
+        ends_that_come_before_their_reports_are_told,
     ),
     ("an_upgrade_loses_no_byte", an_upgrade_loses_no_byte),
     ("a_bad_upgrade_changes_nothing", a_bad_upgrade_changes_nothing),
@@ -345,6 +349,48 @@ fn an_exec_whose_asker_is_gone_does_not_stay() {
     // The helper is gone, and the process that it made.
     eventually("a process of nobody lives on", || children(pid) == before);
     assert_eq!(state(&mut monitor, "c1"), Some(ContainerState::Running));
+}
+
+/// Execs whose processes have ended, and whose helpers too, when the monitor hears of any of it: at every moment of their
+/// lives, and several at a time.
+fn ends_that_come_before_their_reports_are_told() {
+    let mut monitor = Monitor::begin("early-ends");
+    let bundle = bundle(&monitor.dir, "c1", "sleep 1000");
+    monitor.create("c1", &bundle);
+    monitor.start("c1");
+    let process = process(&["/bin/true"]).to_string();
+    let (pid, fds) = (monitor.child.pid, monitor.open_fds());
+    let init = children(pid);
+    for round in 0..200 {
+        let exec = |number| Exec {
+            exec_id: format!("e{round}-{number}"),
+            container_id: "c1".into(),
+            ..Default::default()
+        };
+        let mut ask = |number| {
+            // Each its own: they share no place in it.
+            let document = fd::sealed_memfd(c"process", process.as_bytes()).unwrap();
+            monitor.send(exec(number), &[&document])
+        };
+        let asked: Vec<u64> = (0..12).map(&mut ask).collect();
+        if round % 8 == 0 {
+            // What they do is found all at once.
+            pause(Duration::from_micros(50 * round));
+            pidfd::send_signal(&monitor.child.pidfd, Signal::STOP).unwrap();
+            eventually("what was begun does not end", || {
+                let others = children(pid).into_iter().filter(|child| !init.contains(child));
+                others.into_iter().all(is_zombie)
+            });
+            pidfd::send_signal(&monitor.child.pidfd, Signal::CONT).unwrap();
+        }
+        for (number, id) in asked.into_iter().enumerate() {
+            let (answer, _) = monitor.answer(id);
+            assert!(matches!(answer, Body::ExecStarted(_)), "{answer:?}");
+            let exited = monitor.exec_exited(&format!("e{round}-{number}"));
+            assert_eq!(exited.exit.exit_code, 0);
+        }
+    }
+    closed_again(&monitor, &fds);
 }
 
 fn a_bad_upgrade_changes_nothing() {

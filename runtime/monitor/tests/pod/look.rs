@@ -83,3 +83,10 @@ pub(crate) fn children(pid: i32) -> Vec<i32> {
     }
     found
 }
+
+/// Whether a process has ended, and its parent has not asked how.
+pub(crate) fn is_zombie(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, rest)| rest.starts_with('Z'))
+}
