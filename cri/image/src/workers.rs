@@ -41,8 +41,8 @@ pub struct Workers {
 pub struct Home {
     /// The cgroup v2 directory that they are born in.
     pub cgroup: Option<OwnedFd>,
-    /// `cgroup.procs` files of v1 hierarchies that they write themselves to.
-    pub cgroup_procs: Vec<OwnedFd>,
+    /// `tasks` files of v1's hierarchies that they write themselves to.
+    pub cgroup_tasks: Vec<OwnedFd>,
 }
 
 /// A running worker; killed and reaped on drop.
@@ -111,11 +111,11 @@ impl Workers {
         // What a worker has to say beside its answer (a panic) belongs in the daemon's log.
         numbered.push((stderr.as_fd(), 2));
         let spawn = |home: &Home| {
-            let procs: Vec<_> = home.cgroup_procs.iter().map(|procs| procs.as_fd()).collect();
+            let tasks: Vec<_> = home.cgroup_tasks.iter().map(|tasks| tasks.as_fd()).collect();
             Spawn {
                 fds: &numbered,
                 cgroup: home.cgroup.as_ref().map(|cgroup| cgroup.as_fd()),
-                cgroup_procs: &procs,
+                cgroup_tasks: &tasks,
                 new_session: true,
                 ..Spawn::new(Program::Path(&self.program), &args)
             }

@@ -267,11 +267,11 @@ fn workers_home(instance: &str) -> Result<Home> {
     Ok(match manager.place()? {
         coracle_cgroup::Placement::Into(directory) => Home {
             cgroup: Some(directory),
-            cgroup_procs: Vec::new(),
+            cgroup_tasks: Vec::new(),
         },
-        coracle_cgroup::Placement::AfterClone => Home {
+        coracle_cgroup::Placement::Itself(tasks) => Home {
             cgroup: None,
-            cgroup_procs: manager.entrances()?,
+            cgroup_tasks: tasks,
         },
     })
 }

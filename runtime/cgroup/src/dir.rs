@@ -41,18 +41,15 @@ impl Dir {
 
     /// The directory at `path` below this one; none if it is not there.
     pub(crate) fn find(&self, path: &str) -> Result<Option<Dir>> {
-        match path::open_beneath(&self.fd, path, PLACE) {
-            Ok(fd) => Ok(Some(Dir {
-                fd,
-                path: join(&self.path, path),
-            })),
-            Err(error) if error.errno() == Errno::ENOENT => Ok(None),
-            Err(source) => Err(Error::Step {
-                step: "open",
-                path: join(&self.path, path),
-                source,
-            }),
-        }
+        let found = path::find_beneath(&self.fd, path, PLACE).map_err(|source| Error::Step {
+            step: "open",
+            path: join(&self.path, path),
+            source,
+        })?;
+        Ok(found.map(|fd| Dir {
+            fd,
+            path: join(&self.path, path),
+        }))
     }
 
     /// Makes the directory `name` in this one; false if it was there.
@@ -156,10 +153,11 @@ impl Dir {
         write_once(fd, file, value)
     }
 
-    /// `cgroup.procs`, open to be written.
-    pub(crate) fn entrance(&self) -> Result<OwnedFd> {
-        path::open_beneath(&self.fd, "cgroup.procs", OFlags::WRONLY).map_err(|source| Error::Step {
-            step: "open the process list of",
+    /// `tasks` of v1, open to be written.
+    #[cfg(feature = "cgroup-v1")]
+    pub(crate) fn tasks(&self) -> Result<OwnedFd> {
+        path::open_beneath(&self.fd, "tasks", OFlags::WRONLY).map_err(|source| Error::Step {
+            step: "open the task list of",
             path: self.path.clone(),
             source,
         })

@@ -1,6 +1,7 @@
 //! What this host has: the unified hierarchy, v1 hierarchies, or none.
 
 use std::collections::BTreeMap;
+use std::io::Read as _;
 use std::sync::{Arc, OnceLock};
 
 use coracle_kernel::Errno;
@@ -15,6 +16,9 @@ const MOUNT: &str = "/sys/fs/cgroup";
 
 /// `CGROUP2_SUPER_MAGIC`.
 const CGROUP2_MAGIC: u64 = 0x6367_7270;
+
+/// What one read of such a file of /proc brings on most hosts.
+const PROC_FILE_BYTES: usize = 8 << 10;
 
 /// Which hierarchies hold the limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -242,7 +246,10 @@ impl Hierarchy {
 }
 
 fn proc_file(path: &'static str) -> Result<String> {
-    std::fs::read_to_string(path).map_err(|error| Error::Step {
+    // The kernel tells no size: without room to begin with it would be read by very small pieces.
+    let mut text = String::with_capacity(PROC_FILE_BYTES);
+    let read = std::fs::File::open(path).and_then(|mut file| file.read_to_string(&mut text));
+    read.map(|_| text).map_err(|error| Error::Step {
         step: "find the hierarchies of",
         path: path.to_owned(),
         source: coracle_kernel::Error::from_io("read", path, &error),

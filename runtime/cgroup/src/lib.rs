@@ -174,13 +174,15 @@ pub enum Change {
     Update,
 }
 
-/// How the first process of a group gets into it.
+/// How a new process gets into a group. [`Manager::add`] is for those that can do neither: to move somebody else, the
+/// kernel stops forks and exits everywhere and waits for an RCU grace period first, some 8 ms.
 #[derive(Debug)]
 pub enum Placement {
     /// `CLONE_INTO_CGROUP` with this descriptor.
     Into(OwnedFd),
-    /// [`Manager::add`] with its pid while it waits for its parent's word.
-    AfterClone,
+    /// It moves itself: writes a `0` to each of these (the `tasks` of v1's hierarchies) before anything else, while it
+    /// has one thread. None where there is no group.
+    Itself(Vec<OwnedFd>),
 }
 
 /// One cgroup: a container's leaf, a sub-group of it, or a group of the daemon's own.
@@ -203,11 +205,7 @@ pub trait Manager: Send {
     /// How a new process gets in.
     fn place(&self) -> Result<Placement>;
 
-    /// The `cgroup.procs` files behind [`Manager::add`], open to be written: for a child that moves itself in with a
-    /// `0` before anything else.
-    fn entrances(&self) -> Result<Vec<OwnedFd>>;
-
-    /// Moves a process in.
+    /// Moves a process in that is there already.
     fn add(&self, pid: Pid) -> Result<()>;
 
     /// Processes in it and in what is below it.

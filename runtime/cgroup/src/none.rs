@@ -1,6 +1,5 @@
 //! A group that is not there: hosts without cgroups, and users who may make none.
 
-use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use coracle_spec::oci::LinuxResources;
@@ -113,11 +112,7 @@ impl Manager for NoGroup {
     }
 
     fn place(&self) -> Result<Placement> {
-        Ok(Placement::AfterClone)
-    }
-
-    fn entrances(&self) -> Result<Vec<OwnedFd>> {
-        Ok(Vec::new())
+        Ok(Placement::Itself(Vec::new()))
     }
 
     fn add(&self, _: Pid) -> Result<()> {
@@ -202,7 +197,7 @@ mod tests {
             group.create(&limits(json)).unwrap();
             group.apply(&limits(json), Change::First).unwrap();
         }
-        assert!(matches!(group.place().unwrap(), Placement::AfterClone));
+        assert!(matches!(group.place().unwrap(), Placement::Itself(tasks) if tasks.is_empty()));
         group.add(1).unwrap();
         group.kill(PATIENCE).unwrap();
         group.remove(PATIENCE).unwrap();
@@ -249,9 +244,8 @@ mod tests {
                 group.create(&none).unwrap();
                 group.apply(&none, Change::First).unwrap();
                 assert!(!group.exists());
-                assert!(matches!(group.place().unwrap(), Placement::AfterClone));
+                assert!(matches!(group.place().unwrap(), Placement::Itself(tasks) if tasks.is_empty()));
                 group.add(1).unwrap();
-                assert!(group.entrances().unwrap().is_empty());
                 group.remove(PATIENCE).unwrap();
             }
         }

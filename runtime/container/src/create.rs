@@ -217,6 +217,7 @@ pub fn create(options: Options<'_>, cgroup: &dyn Manager) -> Result<Created> {
         env: environment,
         keyring: keyring(options.id, options.no_new_keyring)?,
         filter: compile_filter(config)?,
+        tasks: Vec::new(),
         stdio: options.stdio,
         preserve_fds: options.preserve_fds,
         rootless: rootless(),

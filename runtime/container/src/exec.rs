@@ -115,6 +115,7 @@ pub fn exec(options: ExecOptions<'_>, cgroup: &dyn Manager) -> Result<Executed> 
         env: environment,
         keyring: keyring(options.id, false)?,
         filter: compile_filter(options.config)?,
+        tasks: Vec::new(),
         stdio: options.stdio,
         preserve_fds: options.preserve_fds,
         rootless: rootless(),

@@ -32,8 +32,8 @@ pub struct Spawn<'a> {
     pub fds: &'a [(BorrowedFd<'a>, i32)],
     /// The cgroup v2 directory that it is born in.
     pub cgroup: Option<BorrowedFd<'a>>,
-    /// `cgroup.procs` files that it writes itself to before anything else (v1 hierarchies).
-    pub cgroup_procs: &'a [BorrowedFd<'a>],
+    /// `tasks` files of v1's hierarchies that it writes itself to before anything else.
+    pub cgroup_tasks: &'a [BorrowedFd<'a>],
     /// Its working directory; ours where not named.
     pub cwd: Option<BorrowedFd<'a>>,
     /// Whether it leads a session of its own.
@@ -52,7 +52,7 @@ impl<'a> Spawn<'a> {
             env: &[],
             fds: &[],
             cgroup: None,
-            cgroup_procs: &[],
+            cgroup_tasks: &[],
             cwd: None,
             new_session: false,
             dies_with_caller: false,
@@ -152,8 +152,8 @@ impl<'a> Spawn<'a> {
                 return (Step::Caller, Errno::ESRCH);
             }
         }
-        for procs in self.cgroup_procs {
-            if let Err(errno) = fd::write(procs, b"0") {
+        for tasks in self.cgroup_tasks {
+            if let Err(errno) = fd::write(tasks, b"0") {
                 return (Step::Cgroup, errno);
             }
         }
@@ -313,7 +313,9 @@ mod tests {
         let (read, write) = fd::pipe().unwrap();
         let args = strings(&["sh", "-c", "echo $0 $A $B; ls /proc/self/fd >&4; cat <&3"]);
         let env = strings(&["A=1", "PATH=/bin:/usr/bin"]);
+        // Above those that the program gets, whatever other tests have open.
         let text = fd::sealed_memfd(c"text", b"from three\n").unwrap();
+        let text = rustix::io::fcntl_dupfd_cloexec(text, 5).unwrap();
         // The numbers overlap with the sources on purpose.
         let fds = [
             (write.as_fd(), 1),

@@ -27,6 +27,11 @@ const RACE_RETRIES: u32 = 128;
 const MAX_SYMLINKS: u32 = 40;
 /// Names in one path: `PATH_MAX / 2`, what the kernel would take at most.
 const MAX_COMPONENTS: usize = 2048;
+/// Through no symlink, onto no other file system, never outside.
+const BENEATH: ResolveFlags = ResolveFlags::BENEATH
+    .union(ResolveFlags::NO_SYMLINKS)
+    .union(ResolveFlags::NO_MAGICLINKS)
+    .union(ResolveFlags::NO_XDEV);
 
 /// A directory that nothing opened through it can leave.
 #[derive(Clone, Copy, Debug)]
@@ -185,11 +190,15 @@ pub fn open_at(dir: impl AsFd, name: impl AsRef<OsStr>, flags: OFlags) -> Result
 /// Opens a path of one or more names below a directory: through no symlink, onto no other file system, never outside.
 /// What trees without symlinks (cgroups) are walked with.
 pub fn open_beneath(dir: impl AsFd, path: impl AsRef<Path>, flags: OFlags) -> Result<OwnedFd> {
-    let resolve = ResolveFlags::BENEATH
-        | ResolveFlags::NO_SYMLINKS
-        | ResolveFlags::NO_MAGICLINKS
-        | ResolveFlags::NO_XDEV;
-    open_how(dir.as_fd(), path.as_ref(), flags, 0, resolve)
+    open_how(dir.as_fd(), path.as_ref(), flags, 0, BENEATH)
+}
+
+/// The same; none where there is no such path, told without the cost of an error.
+pub fn find_beneath(dir: impl AsFd, path: impl AsRef<Path>, flags: OFlags) -> Result<Option<OwnedFd>> {
+    match try_open(dir.as_fd(), path.as_ref(), flags, 0, BENEATH) {
+        Err(rustix::io::Errno::NOENT) => Ok(None),
+        found => found.map(Some).map_err(|e| at("openat2", &dir, path.as_ref(), e)),
+    }
 }
 
 /// Creates one regular file in a directory for writing; `EEXIST` where anything of that name is there.

@@ -25,9 +25,9 @@ const MAX_TEXT: usize = 512;
 
 /// Makes the init as a child of the monitor, in a cgroup of its own. To be called by a helper.
 pub(crate) fn spawn(cgroup: &dyn Manager, empty_dir: &str) -> Result<Child, Failed> {
-    let leaf = match cgroup.place().map_err(other)? {
-        Placement::Into(leaf) => Some(leaf),
-        Placement::AfterClone => None,
+    let (leaf, tasks) = match cgroup.place().map_err(other)? {
+        Placement::Into(leaf) => (Some(leaf), Vec::new()),
+        Placement::Itself(tasks) => (None, tasks),
     };
     let (ours, theirs) = fd::pipe().map_err(kernel("make a pipe"))?;
     let clone = Clone3 {
@@ -36,29 +36,22 @@ pub(crate) fn spawn(cgroup: &dyn Manager, empty_dir: &str) -> Result<Child, Fail
         cgroup: leaf.as_ref().map(AsFd::as_fd),
     };
     let child = clone
-        .spawn(|| run(&theirs, empty_dir))
+        .spawn(|| run(&theirs, &tasks, empty_dir))
         .map_err(kernel("clone the pod's init"))?;
     drop(theirs);
-    let placed = if leaf.is_none() {
-        cgroup.add(child.pid).map_err(other)
-    } else {
-        Ok(())
-    };
-    let ready = placed.and_then(|()| {
-        let mut text = [0; MAX_TEXT];
-        match fd::read(&ours, &mut text) {
-            // Closed with everything else, at the end of its preparations.
-            Ok(0) => Ok(()),
-            Ok(count) => {
-                let text = String::from_utf8_lossy(text.get(..count).unwrap_or_default());
-                Err(failed(
-                    coracle_wire::FailKind::Other,
-                    format!("the pod's init: {text}"),
-                ))
-            }
-            Err(errno) => Err(kernel("hear the pod's init")(Error::new("read", "pipe", errno))),
+    let mut text = [0; MAX_TEXT];
+    let ready = match fd::read(&ours, &mut text) {
+        // Closed with everything else, at the end of its preparations.
+        Ok(0) => Ok(()),
+        Ok(count) => {
+            let text = String::from_utf8_lossy(text.get(..count).unwrap_or_default());
+            Err(failed(
+                coracle_wire::FailKind::Other,
+                format!("the pod's init: {text}"),
+            ))
         }
-    });
+        Err(errno) => Err(kernel("hear the pod's init")(Error::new("read", "pipe", errno))),
+    };
     if let Err(failed) = ready {
         // Dead already is as good.
         let _ = pidfd::send_signal(&child.pidfd, Signal::KILL);
@@ -67,8 +60,8 @@ pub(crate) fn spawn(cgroup: &dyn Manager, empty_dir: &str) -> Result<Child, Fail
     Ok(child)
 }
 
-fn run(report: &OwnedFd, empty_dir: &str) -> i32 {
-    if let Err(error) = prepare(empty_dir) {
+fn run(report: &OwnedFd, tasks: &[OwnedFd], empty_dir: &str) -> i32 {
+    if let Err(error) = enter(tasks).and_then(|()| prepare(empty_dir)) {
         let text = error.to_string();
         let _ = fd::write(
             report,
@@ -86,6 +79,15 @@ fn run(report: &OwnedFd, empty_dir: &str) -> i32 {
         while wait::reap_any() {}
         signal::wait_for(children);
     }
+}
+
+/// Moves itself into its cgroup, which v1 knows no other cheap way into.
+fn enter(tasks: &[OwnedFd]) -> coracle_kernel::Result<()> {
+    tasks.iter().try_for_each(|tasks| {
+        fd::write(tasks, b"0")
+            .map(drop)
+            .map_err(|errno| Error::new("write", "tasks, 0", errno))
+    })
 }
 
 fn prepare(empty_dir: &str) -> coracle_kernel::Result<()> {

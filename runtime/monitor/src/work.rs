@@ -267,7 +267,6 @@ impl Work for Exec {
         };
         let mut executed = coracle_container::exec(options, cgroup.as_ref()).map_err(container)?;
         let (pid, terminal) = (executed.pid(), executed.take_terminal());
-        let warnings = executed.warnings().to_vec();
         let pidfd = executed.recorded().map_err(container)?;
         let mut fds = vec![pidfd.as_fd()];
         fds.extend(terminal.iter().map(AsFd::as_fd));
@@ -275,7 +274,8 @@ impl Work for Exec {
             Made {
                 pid,
                 terminal: terminal.is_some(),
-                warnings,
+                // What could not be granted was told when the container was made: a probe must not tell it each time.
+                warnings: Vec::new(),
                 ..Made::default()
             },
             &fds,

@@ -77,32 +77,25 @@ fn spawn_blocking(core: &Core, pod: &str) -> Result<Child> {
     cgroup
         .create(&LinuxResources::default())
         .step("make the monitor's cgroup")?;
-    let placement = cgroup.place().step("place the monitor")?;
+    let (directory, tasks) = match cgroup.place().step("place the monitor")? {
+        Placement::Into(directory) => (Some(directory), Vec::new()),
+        Placement::Itself(tasks) => (None, tasks),
+    };
+    let tasks: Vec<_> = tasks.iter().map(|tasks| tasks.as_fd()).collect();
 
     let args = [c"coracle", c"monitor"].map(CString::from);
     // What it has to say goes where our own log goes.
     let stderr = io::stderr();
     let fds = [(listener.as_fd(), SOCKET_FD), (stderr.as_fd(), 2)];
-    let child = Spawn {
+    Spawn {
         fds: &fds,
-        cgroup: match &placement {
-            Placement::Into(fd) => Some(fd.as_fd()),
-            Placement::AfterClone => None,
-        },
+        cgroup: directory.as_ref().map(|directory| directory.as_fd()),
+        cgroup_tasks: &tasks,
         new_session: true,
         ..Spawn::new(Program::Fd(core.monitor_program.as_fd()), &args)
     }
     .spawn()
-    .step("start the monitor")?;
-    if let Placement::AfterClone = placement
-        && let Err(error) = cgroup.add(child.pid)
-    {
-        // It must not live on in the daemon's own cgroup.
-        let _ = pidfd::send_signal(&child.pidfd, Signal::KILL);
-        let _ = coracle_kernel::wait::wait(Id::Pidfd(child.pidfd.as_fd()));
-        return Err(Error::step("place the monitor", error));
-    }
-    Ok(child)
+    .step("start the monitor")
 }
 
 /// Tells the pod when the monitor's process is gone.

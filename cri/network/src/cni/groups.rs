@@ -45,8 +45,8 @@ pub(super) struct Group<'a> {
     killed: Cell<bool>,
     /// The cgroup v2 directory that the plugin is born in.
     pub(super) cgroup: Option<OwnedFd>,
-    /// `cgroup.procs` files of v1 hierarchies that it writes itself to.
-    pub(super) cgroup_procs: Vec<OwnedFd>,
+    /// `tasks` files of v1's hierarchies that it writes itself to.
+    pub(super) cgroup_tasks: Vec<OwnedFd>,
 }
 
 impl Groups {
@@ -97,16 +97,16 @@ impl Groups {
             return Ok(None);
         }
         let manager = above.sub_group(name)?;
-        let (cgroup, cgroup_procs) = match manager.place()? {
+        let (cgroup, cgroup_tasks) = match manager.place()? {
             Placement::Into(directory) => (Some(directory), Vec::new()),
-            Placement::AfterClone => (None, manager.entrances()?),
+            Placement::Itself(tasks) => (None, tasks),
         };
         Ok(Some(Group {
             groups: self,
             manager,
             killed: Cell::new(false),
             cgroup,
-            cgroup_procs,
+            cgroup_tasks,
         }))
     }
 }

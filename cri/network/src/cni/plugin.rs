@@ -160,10 +160,10 @@ impl Binary {
         } else {
             Program::Fd(self.file.as_fd())
         };
-        let entrances: Vec<_> = group
+        let tasks: Vec<_> = group
             .iter()
-            .flat_map(|group| &group.cgroup_procs)
-            .map(|procs| procs.as_fd())
+            .flat_map(|group| &group.cgroup_tasks)
+            .map(|tasks| tasks.as_fd())
             .collect();
         let child = Spawn {
             env: &env,
@@ -175,7 +175,7 @@ impl Binary {
             cgroup: group
                 .and_then(|group| group.cgroup.as_ref())
                 .map(|cgroup| cgroup.as_fd()),
-            cgroup_procs: &entrances,
+            cgroup_tasks: &tasks,
             cwd: Some(root.as_fd()),
             new_session: true,
             // The next daemon sends DEL, and an ADD that goes on behind its back would undo that. The caller is this thread,

@@ -19,12 +19,15 @@ use crate::sample::{Row, Sample, print_rows};
 
 pub(crate) const IMAGE: &str = "bench.example/busybox:1";
 const ROUNDS: usize = 30;
+const FIRST_ROUNDS: usize = 10;
 
 /// A CRI server of the comparison.
 struct Target {
     name: &'static str,
     client: Client,
     logs: PathBuf,
+    /// A pod that stays: on a node there is always one, and bridges and tables are there.
+    resident: Option<String>,
 }
 
 /// Takes and prints the figures: with our own bridge, and with the peer's plugins on both sides.
@@ -50,6 +53,7 @@ pub(crate) fn run() -> Result<()> {
             name,
             client,
             logs: cell.subdir("logs")?,
+            resident: None,
         })
     };
     let mut targets = vec![target("coracled", daemon.client()?, &ours)?];
@@ -67,7 +71,16 @@ pub(crate) fn run() -> Result<()> {
             &plugged,
         )?);
     }
+    let first_pod = measure_first_pod(&targets)?;
+    for target in &mut targets {
+        target.resident = Some(target.client.run_pod(&pod_config("resident", &target.logs))?);
+    }
     let mut rows = measure(&targets)?;
+    for target in &targets {
+        if let Some(sandbox) = &target.resident {
+            target.client.discard_pod(sandbox)?;
+        }
+    }
     // Ours with the plugin is no peer of ours without it: a line of its own.
     if let Some(row) = rows.first_mut()
         && row.samples.len() == 3
@@ -80,6 +93,7 @@ pub(crate) fn run() -> Result<()> {
         };
         rows.insert(1, same_plugin);
     }
+    rows.push(first_pod);
     for row in &mut rows {
         row.samples.truncate(2);
     }
@@ -89,6 +103,34 @@ pub(crate) fn run() -> Result<()> {
         daemon.terminate()?;
     }
     peer.map_or(Ok(()), Containerd::stop)
+}
+
+/// What a pod takes that finds no other: ours makes bridge and tables, and removes them with the last one.
+fn measure_first_pod(targets: &[Target]) -> Result<Row> {
+    let mut row = Row {
+        operation: "RunPodSandbox on a node without pods",
+        samples: names(targets),
+        target: None,
+    };
+    for round in 0..=FIRST_ROUNDS {
+        for (n, target) in targets.iter().enumerate() {
+            let pod = pod_config(&format!("first{round}"), &target.logs);
+            let mut warm_up = Sample::default();
+            let sample = if round == 0 {
+                &mut warm_up
+            } else {
+                &mut row.samples[n].1
+            };
+            let sandbox = sample.time(|| Ok(target.client.run_pod(&pod)?))?;
+            target.client.discard_pod(&sandbox)?;
+        }
+    }
+    Ok(row)
+}
+
+fn names(targets: &[Target]) -> Vec<(&'static str, Sample)> {
+    let named = |target: &Target| (target.name, Sample::default());
+    targets.iter().map(named).collect()
 }
 
 fn measure(targets: &[Target]) -> Result<Vec<Row>> {
@@ -101,10 +143,7 @@ fn measure(targets: &[Target]) -> Result<Vec<Row>> {
     ];
     let row = |(operation, wanted)| Row {
         operation,
-        samples: targets
-            .iter()
-            .map(|target| (target.name, Sample::default()))
-            .collect(),
+        samples: names(targets),
         target: wanted,
     };
     let mut rows: Vec<Row> = operations.map(row).into();

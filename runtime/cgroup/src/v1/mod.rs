@@ -6,7 +6,6 @@ mod leaf;
 mod limits;
 mod stats;
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -244,11 +243,8 @@ impl Manager for Group {
     }
 
     fn place(&self) -> Result<Placement> {
-        Ok(Placement::AfterClone)
-    }
-
-    fn entrances(&self) -> Result<Vec<OwnedFd>> {
-        self.directories()?.map(Dir::entrance).collect()
+        let tasks: Result<_> = self.directories()?.map(Dir::tasks).collect();
+        Ok(Placement::Itself(tasks?))
     }
 
     fn add(&self, pid: Pid) -> Result<()> {

@@ -1,7 +1,12 @@
 //! Groups of version 1 on directories that stand for hierarchies.
 
 use std::fs;
+use std::os::fd::{AsFd as _, OwnedFd};
 
+use coracle_kernel::exec::{Program, Spawn};
+use coracle_kernel::pidfd;
+use coracle_kernel::signal::Signal;
+use coracle_kernel::wait::{self, Id};
 use coracle_spec::oci::LinuxResources;
 
 use super::*;
@@ -134,7 +139,6 @@ fn a_group_freezes_thaws_and_kills_what_is_nested_and_frozen() {
     let _cleanup = Cleanup(&host, location.clone());
     let mut group = host.manager(&location, Options::default()).unwrap();
     group.create(&LinuxResources::default()).unwrap();
-    assert!(matches!(group.place().unwrap(), Placement::AfterClone));
     let mut shell = Shell::inside(&*group);
     group.freeze(PATIENCE).unwrap();
     assert!(group.frozen().unwrap());
@@ -177,6 +181,34 @@ fn a_group_freezes_thaws_and_kills_what_is_nested_and_frozen() {
     group.remove(PATIENCE).unwrap();
     group.remove(PATIENCE).unwrap();
     assert!(!host.manager(&location, Options::default()).unwrap().exists());
+}
+
+#[test]
+fn a_new_process_moves_itself_into_every_hierarchy() {
+    let Some(host) = real() else { return };
+    let location = place();
+    let _cleanup = Cleanup(&host, location.clone());
+    let mut group = host.manager(&location, Options::default()).unwrap();
+    group.create(&resources(r#"{"pids": {"limit": 20}}"#)).unwrap();
+    for group in [&*group, &*group.sub_group("exec-1").unwrap()] {
+        let Placement::Itself(tasks) = group.place().unwrap() else {
+            panic!("this is a v1 group")
+        };
+        let tasks: Vec<_> = tasks.iter().map(OwnedFd::as_fd).collect();
+        let args = [c"sleep", c"1000"].map(std::ffi::CString::from);
+        let born = Spawn {
+            cgroup_tasks: &tasks,
+            ..Spawn::new(Program::Path(c"/bin/sleep"), &args)
+        };
+        let born = born.spawn().unwrap();
+        let moved = Shell::inside(group);
+        let groups = |pid: Pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        // Where it is put by its pid it is by itself too.
+        assert_eq!(groups(born.pid), groups(moved.pid()));
+        assert!(groups(born.pid).contains(&location.path()));
+        pidfd::send_signal(&born.pidfd, Signal::KILL).unwrap();
+        wait::wait(Id::Pidfd(born.pidfd.as_fd())).unwrap();
+    }
 }
 
 #[test]

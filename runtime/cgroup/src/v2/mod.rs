@@ -5,7 +5,6 @@ mod limits;
 mod stats;
 mod wait;
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -169,7 +168,7 @@ impl Manager for Group {
 
     fn place(&self) -> Result<Placement> {
         if matches!(self.leaf, Leaf::Forgone(_)) {
-            return Ok(Placement::AfterClone);
+            return Ok(Placement::Itself(Vec::new()));
         }
         let dir = self.dir()?;
         let fd = coracle_kernel::fd::dup(dir).map_err(|source| Error::Step {
@@ -178,13 +177,6 @@ impl Manager for Group {
             source,
         })?;
         Ok(Placement::Into(fd))
-    }
-
-    fn entrances(&self) -> Result<Vec<OwnedFd>> {
-        if matches!(self.leaf, Leaf::Forgone(_)) {
-            return Ok(Vec::new());
-        }
-        Ok(vec![self.dir()?.entrance()?])
     }
 
     fn add(&self, pid: Pid) -> Result<()> {

@@ -41,6 +41,10 @@ fn make_second(
     {
         sched::set_affinity(0, &steps::cpu_mask(&affinity.initial)).at(Step::Affinity)?;
     }
+    if let Role::Exec = role {
+        // By inheritance its child is in it too.
+        steps::enter_cgroup(&mut setup)?;
+    }
     if let Role::Init(init) = &mut role
         && setup.namespaces.gathers
         && let Some(context) = &mut init.rootfs

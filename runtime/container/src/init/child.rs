@@ -42,7 +42,10 @@ pub(super) fn run(setup: Setup<'_>, role: Role<'_>, mut link: Link) -> i32 {
 fn first(setup: &mut Setup<'_>, init: &mut Init<'_>, link: &mut Link) -> Result<Infallible, Failure> {
     let (config, process) = (init.config, setup.process);
 
-    // Our cgroup, id maps and oom score are the parent's to set: nothing before its word.
+    // A group that we were not born in we enter before there is anything that it must bound.
+    steps::enter_cgroup(setup)?;
+    // Id maps and oom score are the parent's to set, and the cgroup where the kernel lets only somebody else move us:
+    // nothing before its word.
     steps::await_order(link, Order::Go)?;
     // Nobody in the container may trace us or open our files before execve has made us the program. The parent did it
     // before the clone where it could: without privilege it could not have written our id maps.
@@ -164,7 +167,8 @@ fn one_more(setup: &mut Setup<'_>, link: &mut Link) -> Result<Infallible, Failur
 
     // Of what the process between still needed nothing may stay.
     steps::close_after(setup, link)?;
-    // Our cgroup and oom score are the parent's to set: nothing before its word.
+    // The oom score is the parent's to set, and the cgroup where the kernel lets only somebody else move us: nothing
+    // before its word.
     steps::await_order(link, Order::Go)?;
     creds::set_dumpable(false).at(Step::BecomeRoot)?;
     if setup.namespaces.user() {

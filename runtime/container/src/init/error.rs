@@ -33,6 +33,7 @@ macro_rules! steps {
 
 steps! {
     Handshake = "talk to the runtime",
+    Cgroup = "enter the cgroup",
     JoinNamespaces = "join namespaces",
     CreateNamespaces = "create namespaces",
     BecomeRoot = "become root of the user namespace",

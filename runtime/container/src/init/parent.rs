@@ -103,7 +103,7 @@ pub(crate) fn launch(launch: Launch<'_>, cgroup: &dyn Manager) -> Result<Newborn
 
 fn clone_and_set_up(launch: Launch<'_>, cgroup: &dyn Manager) -> Result<Newborn, LaunchError> {
     let Launch {
-        setup,
+        mut setup,
         role,
         parent,
         console,
@@ -111,12 +111,17 @@ fn clone_and_set_up(launch: Launch<'_>, cgroup: &dyn Manager) -> Result<Newborn,
     } = launch;
     let (ours, theirs) = Link::pair().map_err(|source| call("make a socket", source))?;
     // One more process of a container gets into its cgroup by the process between, which is cloned there while we see the
-    // host's groups, and by inheritance: a move afterwards waits for every processor, many milliseconds. The process
-    // between holds nothing there but a place among the container's processes, for less than a millisecond.
+    // host's groups, or enters it first of all (v1), and by inheritance: a move by us waits for every processor, many
+    // milliseconds. The process between holds nothing there but a place among the container's processes, for less than a
+    // millisecond.
     let between_too = matches!(role, Role::Exec);
-    let place = match cgroup.place()? {
-        Placement::Into(leaf) if between_too || !setup.namespaces.clones_as_stranger() => Some(leaf),
-        _ => None,
+    let (place, moved_by_us) = match cgroup.place()? {
+        Placement::Into(leaf) if between_too || !setup.namespaces.clones_as_stranger() => (Some(leaf), None),
+        Placement::Into(_) => (None, Some(cgroup)),
+        Placement::Itself(tasks) => {
+            setup.tasks = tasks;
+            (None, None)
+        }
     };
     if !setup.rootless {
         // Inherited by the child, so that there is no moment in which it could be traced.
@@ -166,8 +171,7 @@ fn clone_and_set_up(launch: Launch<'_>, cgroup: &dyn Manager) -> Result<Newborn,
     if two {
         newborn = newborn.second()?;
     }
-    let cgroup = (place.is_none()).then_some(cgroup);
-    outside.prepare(newborn.pid, cgroup, &mut newborn.warnings)?;
+    outside.prepare(newborn.pid, moved_by_us, &mut newborn.warnings)?;
     newborn.order(Order::Go)?;
     newborn.listen(console, &outside, hooks_cwd.as_ref())?;
     Ok(newborn)

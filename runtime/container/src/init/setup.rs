@@ -27,6 +27,8 @@ pub(crate) struct Setup<'a> {
     pub(crate) keyring: Option<CString>,
     /// The system-call filter.
     pub(crate) filter: Option<Filter>,
+    /// The `tasks` files through which it enters its cgroup by itself, where it was not born there.
+    pub(crate) tasks: Vec<OwnedFd>,
     /// Its standard input, output and error; ours where there is none.
     pub(crate) stdio: [Option<OwnedFd>; 3],
     /// How many descriptors from 3 on it inherits.

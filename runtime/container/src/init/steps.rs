@@ -33,6 +33,16 @@ pub(super) fn await_order(link: &Link, expected: Order) -> Result<(), Failure> {
     }
 }
 
+/// Moves us into a cgroup by our own hand, while we have one thread and see the host's hierarchies through these files.
+pub(super) fn enter_cgroup(setup: &mut Setup<'_>) -> Result<(), Failure> {
+    for tasks in std::mem::take(&mut setup.tasks) {
+        fd::write(&tasks, b"0")
+            .map_err(|errno| coracle_kernel::Error::new("write", "tasks, 0", errno))
+            .at(Step::Cgroup)?;
+    }
+    Ok(())
+}
+
 /// Takes root's ids of the user namespace, without which files made from here on would belong to nobody.
 pub(super) fn become_root(setup: &Setup<'_>) -> Result<(), Failure> {
     if !setup.rootless {
