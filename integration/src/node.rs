@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use coracle_proto::cri::{ContainerState, ContainerStatus};
 
+use crate::cell::run;
 use crate::client::Calls;
 use crate::daemon::{END_LIMIT, START_LIMIT, Server};
 use crate::image::ImageSpec;
@@ -24,6 +25,8 @@ pub struct Options {
     pub failpoint: Option<String>,
     /// Pods are connected by CNI plugins, not by the built-in bridge.
     pub cni: bool,
+    /// Everything of it is on a file system of its own of this many MiB.
+    pub disk_mib: Option<u32>,
 }
 
 /// A daemon, its places, and calls to it.
@@ -44,6 +47,13 @@ impl Node {
     pub async fn start(options: Options) -> Result<Node> {
         let dir = PathBuf::from(format!("/tmp/coracle-it-{}-{}", std::process::id(), unique()));
         let logs = dir.join("logs");
+        if let Some(size) = options.disk_mib {
+            fs::create_dir_all(&dir)?;
+            let size = format!("size={size}m");
+            run(Command::new("mount")
+                .args(["-t", "tmpfs", "-o", &size, "tmpfs"])
+                .arg(&dir))?;
+        }
         fs::create_dir_all(&logs)?;
         let mut server = Server::new(&binary("coracled"), &dir, &options.config)?;
         if options.cni {
@@ -184,6 +194,9 @@ impl Node {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         self.terminate().await?;
+        if self.options.disk_mib.is_some() {
+            run(Command::new("umount").arg(&self.dir))?;
+        }
         fs::remove_dir_all(&self.dir)?;
         Ok(())
     }

@@ -141,7 +141,8 @@ impl SandboxRecord {
     }
 
     pub(crate) fn put(&self, boot: &str, request: &[u8]) -> Op {
-        put(Table::Sandboxes, &self.id, boot, self, request)
+        let frees = self.phase >= SandboxPhase::Stopping;
+        put(Table::Sandboxes, &self.id, boot, self, request, frees)
     }
 
     pub(crate) fn delete(id: &str) -> Op {
@@ -169,7 +170,7 @@ impl ContainerRecord {
     }
 
     pub(crate) fn put(&self, boot: &str, request: &[u8]) -> Op {
-        put(Table::Containers, &self.id, boot, self, request)
+        put(Table::Containers, &self.id, boot, self, request, !self.is_alive())
     }
 
     pub(crate) fn delete(id: &str) -> Op {
@@ -180,7 +181,14 @@ impl ContainerRecord {
     }
 }
 
-fn put<T: Serialize + Clone>(table: Table, key: &str, boot: &str, body: &T, request: &[u8]) -> Op {
+fn put<T: Serialize + Clone>(
+    table: Table,
+    key: &str,
+    boot: &str,
+    body: &T,
+    request: &[u8],
+    frees: bool,
+) -> Op {
     let record = Record {
         boot: boot.to_owned(),
         body: body.clone(),
@@ -190,5 +198,6 @@ fn put<T: Serialize + Clone>(table: Table, key: &str, boot: &str, body: &T, requ
         table,
         key: key.to_owned(),
         value: record.encode(),
+        frees,
     }
 }

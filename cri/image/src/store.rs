@@ -116,7 +116,12 @@ impl ImageStore {
         if certain {
             garbage.extend(store.inner.unused_layers()?);
             let inner = Arc::clone(&store.inner);
-            run_blocking(move || inner.write_index_and_prune()).await?;
+            run_blocking(move || {
+                inner.content.retain(&inner.images().digests())?;
+                inner.list_images();
+                Ok(())
+            })
+            .await?;
         }
         let layers = Arc::clone(&store.inner.layers);
         // Large trees take long; nothing waits for their removal.
@@ -209,15 +214,10 @@ impl ImageStore {
         }
         let inner = Arc::clone(&self.inner);
         run_blocking(move || {
-            let images = inner.images();
-            inner.content.retain(&images.digests())?;
+            inner.content.retain(&inner.images().digests())?;
             let garbage = inner.unused_layers()?;
             inner.layers.remove_folders(&garbage);
-            // The list needs space, which a full disk has only now. A list that names too much does no harm: without
-            // its files nothing is brought back.
-            if let Err(error) = inner.content.write_index(&images.listed()) {
-                tracing::warn!(%error, "list of images is not up to date");
-            }
+            inner.list_images();
             Ok(())
         })
         .await
@@ -409,10 +409,12 @@ impl Inner {
         self.layers.forget(|number| used.contains(&number))
     }
 
-    fn write_index_and_prune(&self) -> Result<(), ImageError> {
-        let images = self.images();
-        self.content.write_index(&images.listed())?;
-        Ok(self.content.retain(&images.digests())?)
+    /// Writes `content/index.json`, last of all: it needs space, which a full disk has only after what was removed, if
+    /// at all. A list that names too much does no harm: without its files nothing is brought back.
+    fn list_images(&self) {
+        if let Err(error) = self.content.write_index(&self.images().listed()) {
+            tracing::warn!(%error, "list of images is not up to date");
+        }
     }
 
     /// Reads a listed image back from its blobs, through a parse worker as if it had just been pulled.

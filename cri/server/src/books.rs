@@ -53,6 +53,7 @@ impl Records for ImageRows {
                             table: Table::Images,
                             key,
                             value: record.encode(),
+                            frees: false,
                         }
                     }
                     Change::Delete { key } => Op::Delete {
@@ -98,6 +99,7 @@ impl Book for NetworkRows {
             table: Table::Addresses,
             key: row.pod.clone(),
             value: record.encode(),
+            frees: false,
         };
         Ok(self.0.commit_blocking(vec![op])?)
     }

@@ -13,6 +13,7 @@ mod startup;
 mod status;
 mod telemetry;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -28,7 +29,8 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             // The one place where an error is printed: the chain, in one line.
-            eprintln!("coracled: {error:#}");
+            // A standard error that takes nothing changes nothing of that.
+            let _ = writeln!(std::io::stderr(), "coracled: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -17,6 +17,8 @@ pub(crate) fn init(format: Option<LogFormat>, level: tracing::Level) {
     });
     let builder = fmt()
         .with_writer(std::io::stderr)
+        // It would be told on standard error too, with a panic where that is on a full disk.
+        .log_internal_errors(false)
         .with_max_level(LevelFilter::from_level(level))
         .with_target(false);
     match format {

@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 
 use crate::open::{Refusal, open_guarded, set_aside};
 use crate::record::{Record, RecordError, SCHEMA};
+use crate::reserve::{Reserve, is_full};
 
 /// Memory for the pages of one database; the working set of a node is far below it.
 pub(crate) const CACHE_BYTES: usize = 1 << 20;
@@ -69,6 +70,8 @@ pub enum Op {
         key: String,
         /// Its bytes, as `Record::encode` makes them.
         value: Vec<u8>,
+        /// Whether it tells of an end, so that something is about to be freed.
+        frees: bool,
     },
     /// Removes a row if it is there.
     Delete {
@@ -77,6 +80,16 @@ pub enum Op {
         /// Which row.
         key: String,
     },
+}
+
+impl Op {
+    /// Whether a full disk must not keep it from being written: the reserve is for these.
+    fn frees(&self) -> bool {
+        match self {
+            Op::Put { frees, .. } => *frees,
+            Op::Delete { .. } => true,
+        }
+    }
 }
 
 /// A database; clones share its writer thread, which ends when the last of them is dropped.
@@ -194,7 +207,12 @@ impl Store {
     /// `<name>.corrupt-<seconds>` and a new one begun, with a finding that says so.
     pub fn open(path: &Path) -> Result<Opened, OpenError> {
         let mut findings = Vec::new();
-        let db = match open_guarded(path) {
+        let mut reserve = Reserve::beside(path);
+        let opened = match open_guarded(path) {
+            Err(Refusal::Other(error)) if is_full(&error) && reserve.give() => open_guarded(path),
+            opened => opened,
+        };
+        let db = match opened {
             Ok(db) => db,
             Err(Refusal::Corrupt(text)) => {
                 let aside = set_aside(path).map_err(|source| OpenError::Io {
@@ -211,11 +229,11 @@ impl Store {
             Err(refusal) => return Err(refusal.into_error(path)),
         };
         let reopen_path = path.to_owned();
-        let store = Store::start(db, move || open_guarded(&reopen_path).map_err(Refusal::into_redb))
-            .map_err(|source| OpenError::Io {
-                path: path.into(),
-                source,
-            })?;
+        let reopen = move || open_guarded(&reopen_path).map_err(Refusal::into_redb);
+        let store = Store::start(db, reopen, reserve).map_err(|source| OpenError::Io {
+            path: path.into(),
+            source,
+        })?;
         Ok(Opened { store, findings })
     }
 
@@ -260,6 +278,7 @@ impl Store {
                         table: Table::Quarantine,
                         key: format!("{}/{key}", table.name()),
                         value,
+                        frees: false,
                     });
                     moves.push(Op::Delete {
                         table,
@@ -278,12 +297,14 @@ impl Store {
     fn start(
         db: Database,
         reopen: impl Fn() -> Result<Database, redb::Error> + Send + 'static,
+        reserve: Reserve,
     ) -> io::Result<Store> {
         let (jobs, queue) = mpsc::channel();
         thread::Builder::new().name("store".into()).spawn(move || {
             Writer {
                 db: Some(db),
                 reopen: Box::new(reopen),
+                reserve,
             }
             .run(&queue);
         })?;
@@ -327,6 +348,7 @@ struct Writer {
     /// None after a failed transaction: the library refuses all further work on that handle.
     db: Option<Database>,
     reopen: Reopen,
+    reserve: Reserve,
 }
 
 impl Writer {
@@ -357,7 +379,21 @@ impl Writer {
         if group.is_empty() {
             return;
         }
-        let result = self.attempt(|db| write(db, group.iter().flat_map(|(ops, _)| ops)));
+        let ops = || group.iter().flat_map(|(ops, _)| ops);
+        let mut result = self.attempt(|db| write(db, ops()));
+        match &result {
+            Ok(()) => self.reserve.refill(),
+            Err(CommitError::Database(error)) if is_full(error) => {
+                if group.len() > 1 {
+                    // What takes space fails alone.
+                    return group.into_iter().for_each(|alone| self.write_group(vec![alone]));
+                }
+                if ops().all(Op::frees) && self.reserve.give() {
+                    result = self.attempt(|db| write(db, ops()));
+                }
+            }
+            Err(_) => {}
+        }
         for (_, reply) in group {
             let _ = reply.send(result.clone());
         }
@@ -388,7 +424,9 @@ pub(crate) fn write<'a>(db: &Database, ops: impl Iterator<Item = &'a Op>) -> Res
     let transaction = db.begin_write()?;
     for op in ops {
         match op {
-            Op::Put { table, key, value } => {
+            Op::Put {
+                table, key, value, ..
+            } => {
                 transaction
                     .open_table(table.definition())?
                     .insert(key.as_str(), value.as_slice())?;
@@ -423,7 +461,8 @@ fn open_backend(backend: impl redb::StorageBackend) -> Result<Store, redb::Error
     let db = Database::builder()
         .set_cache_size(CACHE_BYTES)
         .create_with_backend(backend)?;
-    Ok(Store::start(db, || Err(redb::Error::DatabaseClosed)).expect("a thread starts"))
+    let none = Reserve::beside(Path::new("/nowhere/meta.db"));
+    Ok(Store::start(db, || Err(redb::Error::DatabaseClosed), none).expect("a thread starts"))
 }
 
 #[cfg(test)]

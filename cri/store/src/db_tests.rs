@@ -26,6 +26,7 @@ fn put(table: Table, key: &str, n: u32) -> Op {
         table,
         key: key.into(),
         value: record.encode(),
+        frees: false,
     }
 }
 
@@ -87,6 +88,7 @@ fn a_bad_record_is_quarantined_and_the_rest_is_served() {
         table: Table::Sandboxes,
         key: "bad".into(),
         value: b"{}\nxx".to_vec(),
+        frees: false,
     };
     store
         .commit_blocking(vec![put(Table::Sandboxes, "good", 1), bad])
@@ -114,6 +116,7 @@ fn a_newer_schema_is_refused_untouched() {
                 table: Table::Meta,
                 key: "schema".into(),
                 value,
+                frees: false,
             }])
             .unwrap();
         drop(store);
@@ -382,8 +385,10 @@ fn after_a_failed_transaction_the_next_one_works() {
     let db = Database::builder().create_with_backend(broken.clone()).unwrap();
     broken.0.lock().unwrap().fail_at = Some(0);
     let store = {
+        let reserve = Reserve::beside(&path);
         let path = path.clone();
-        Store::start(db, move || open_guarded(&path).map_err(Refusal::into_redb)).unwrap()
+        let reopen = move || open_guarded(&path).map_err(Refusal::into_redb);
+        Store::start(db, reopen, reserve).unwrap()
     };
     let error = store
         .commit_blocking(vec![put(Table::Sandboxes, "a", 1)])
@@ -392,6 +397,47 @@ fn after_a_failed_transaction_the_next_one_works() {
     store
         .commit_blocking(vec![put(Table::Sandboxes, "b", 1)])
         .unwrap();
+    assert_eq!(keys(&store), ["b"]);
+}
+
+/// Where the database cannot even be opened before there is space, the reserve is that space.
+#[test]
+fn a_full_disk_gives_rows_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("meta.db");
+    let reserve = dir.path().join("meta.db.reserve");
+    let opened = Store::open(&path).unwrap();
+    opened
+        .store
+        .commit_blocking(vec![put(Table::Sandboxes, "a", 1), put(Table::Sandboxes, "b", 1)])
+        .unwrap();
+    drop(opened);
+    let store = {
+        let (path, reserve) = (path.clone(), reserve.clone());
+        let space = Reserve::beside(&path);
+        let full = || redb::Error::Io(io::ErrorKind::StorageFull.into());
+        let reopen = move || match reserve.exists() {
+            true => Err(full()),
+            false => open_guarded(&path).map_err(Refusal::into_redb),
+        };
+        let broken = Disk::default();
+        let db = Database::builder().create_with_backend(broken.clone()).unwrap();
+        broken.0.lock().unwrap().fail_at = Some(0);
+        Store::start(db, reopen, space).unwrap()
+    };
+    // The first handle breaks; from then on the disk is full.
+    for _ in 0..2 {
+        store
+            .commit_blocking(vec![put(Table::Sandboxes, "a", 2)])
+            .unwrap_err();
+    }
+    assert!(reserve.exists());
+    let delete = Op::Delete {
+        table: Table::Sandboxes,
+        key: "a".into(),
+    };
+    store.commit_blocking(vec![delete]).unwrap();
+    assert!(!reserve.exists());
     assert_eq!(keys(&store), ["b"]);
 }
 

@@ -8,10 +8,12 @@
 //! - `record`: what a row holds – schema version, boot id, a typed body, the request's original bytes
 //! - `db`: the handle, the writer thread, quarantine
 //! - `open`: the file, its schema check, what happens to a corrupt one
+//! - `reserve`: space for the day that the disk is full
 
 mod db;
 mod open;
 mod record;
+mod reserve;
 
 pub use db::{BadRecord, Commit, CommitError, Loaded, Op, OpenError, Opened, Store, Table};
 pub use record::{Record, RecordError, boot_id};

@@ -122,6 +122,7 @@ fn stamp_schema(db: &Database) -> Result<(), redb::Error> {
             table: Table::Meta,
             key: SCHEMA_KEY.into(),
             value,
+            frees: false,
         }]
         .iter(),
     )

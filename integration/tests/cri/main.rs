@@ -10,6 +10,7 @@ mod containers;
 mod crictl;
 mod exec;
 mod faults;
+mod full_disk;
 mod hostile;
 mod kill9;
 mod lists;
@@ -110,6 +111,7 @@ fn main() -> ExitCode {
         refused::all(),
         restart::all(),
         faults::all(),
+        full_disk::all(),
         single::all(),
         oracle::all(),
         reconnect::all(),

@@ -56,7 +56,7 @@ impl Log {
     pub(crate) fn fatal(&self, msg: &str) {
         self.error(msg);
         if self.file.is_some() {
-            eprintln!("{msg}");
+            let _ = writeln!(std::io::stderr(), "{msg}");
         }
     }
 

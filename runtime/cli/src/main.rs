@@ -6,6 +6,7 @@ mod globals;
 mod log;
 mod own_binary;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -56,7 +57,7 @@ fn usage(error: &clap::Error) -> ExitCode {
             ExitCode::SUCCESS
         }
         _ => {
-            eprintln!("Incorrect Usage.\n\n{error}");
+            let _ = writeln!(std::io::stderr(), "Incorrect Usage.\n\n{error}");
             ExitCode::from(cmd::FAILED)
         }
     }
