@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 
 use crate::open::{Refusal, open_guarded, set_aside};
 use crate::record::{Record, RecordError, SCHEMA};
-use crate::reserve::{Reserve, is_full};
+use crate::reserve::{self, Reserve};
 
 /// Memory for the pages of one database; the working set of a node is far below it.
 pub(crate) const CACHE_BYTES: usize = 1 << 20;
@@ -209,7 +209,7 @@ impl Store {
         let mut findings = Vec::new();
         let mut reserve = Reserve::beside(path);
         let opened = match open_guarded(path) {
-            Err(Refusal::Other(error)) if is_full(&error) && reserve.give() => open_guarded(path),
+            Err(Refusal::Other(error)) if reserve::is_full(&error) && reserve.give() => open_guarded(path),
             opened => opened,
         };
         let db = match opened {
@@ -278,7 +278,8 @@ impl Store {
                         table: Table::Quarantine,
                         key: format!("{}/{key}", table.name()),
                         value,
-                        frees: false,
+                        // A full disk keeps no daemon from starting.
+                        frees: true,
                     });
                     moves.push(Op::Delete {
                         table,
@@ -375,28 +376,30 @@ impl Writer {
         }
     }
 
-    fn write_group(&mut self, group: Vec<Write>) {
+    fn write_group(&mut self, mut group: Vec<Write>) {
+        if let Some(full) = self.reserve.why_full() {
+            refuse_takers(&mut group, &CommitError::Database(full));
+        }
         if group.is_empty() {
             return;
         }
-        let ops = || group.iter().flat_map(|(ops, _)| ops);
-        let mut result = self.attempt(|db| write(db, ops()));
-        match &result {
-            Ok(()) => self.reserve.refill(),
-            Err(CommitError::Database(error)) if is_full(error) => {
-                if group.len() > 1 {
-                    // What takes space fails alone.
-                    return group.into_iter().for_each(|alone| self.write_group(vec![alone]));
-                }
-                if ops().all(Op::frees) && self.reserve.give() {
-                    result = self.attempt(|db| write(db, ops()));
-                }
+        let mut result = self.attempt(|db| write(db, operations(&group)));
+        if is_full(&result) {
+            if let Err(error) = &result {
+                refuse_takers(&mut group, error);
             }
-            Err(_) => {}
+            if group.is_empty() {
+                return;
+            }
+            result = self.attempt(|db| write(db, operations(&group)));
+            while is_full(&result) && self.reserve.give() {
+                result = self.attempt(|db| write(db, operations(&group)));
+            }
         }
         for (_, reply) in group {
             let _ = reply.send(result.clone());
         }
+        self.reserve.refill();
     }
 
     fn attempt<T>(
@@ -418,6 +421,21 @@ impl Writer {
             Err(_panic) => Err(CommitError::Panicked),
         }
     }
+}
+
+/// Answers those that would take space from what frees some, and removes them.
+fn refuse_takers(group: &mut Vec<Write>, error: &CommitError) {
+    for (_, reply) in group.extract_if(.., |(ops, _)| !ops.iter().all(Op::frees)) {
+        let _ = reply.send(Err(error.clone()));
+    }
+}
+
+fn operations(group: &[Write]) -> impl Iterator<Item = &Op> {
+    group.iter().flat_map(|(ops, _)| ops)
+}
+
+fn is_full(result: &Result<(), CommitError>) -> bool {
+    matches!(result, Err(CommitError::Database(error)) if reserve::is_full(error))
 }
 
 pub(crate) fn write<'a>(db: &Database, ops: impl Iterator<Item = &'a Op>) -> Result<(), redb::Error> {

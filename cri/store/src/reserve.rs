@@ -1,24 +1,25 @@
-//! Space that is kept back beside a database, so that a full disk does not keep rows from being removed, nor what they
-//! stand for: a database that is written page by page needs new pages for that too.
+//! Space that is kept back beside a database, so that a full disk does not keep rows from telling of ends and from being
+//! removed: a database that is written page by page needs new pages for that too.
 
-use std::fs::{self, File};
-use std::io::{self, Write as _};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::fs::File;
+use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::path::Path;
+use std::sync::Arc;
 
-/// Far more than what a commit that removes rows writes.
-const RESERVE_BYTES: usize = 512 << 10;
+/// Rows have some KiB, and a commit rewrites few pages beside them.
+const WHOLE: u64 = 512 << 10;
 
-/// How long a disk that was full is left alone before space is taken from it again.
-const LEFT_ALONE: Duration = Duration::from_secs(10);
+/// What is given at a time.
+const STEP: u64 = 64 << 10;
 
-/// The file `<database>.reserve`, while the disk has room for it.
+/// The file `<database>.reserve`.
 #[derive(Debug)]
 pub(crate) struct Reserve {
-    path: PathBuf,
-    kept: bool,
-    /// When it was given away, or could not be made.
-    full_at: Option<Instant>,
+    /// None where no file can be made at all.
+    file: Option<File>,
+    bytes: u64,
+    /// Why it is not whole, where that is for lack of space.
+    full: Option<Arc<redb::Error>>,
 }
 
 impl Reserve {
@@ -26,41 +27,53 @@ impl Reserve {
     pub(crate) fn beside(database: &Path) -> Reserve {
         let mut path = database.as_os_str().to_owned();
         path.push(".reserve");
-        let path = PathBuf::from(path);
-        let kept = fs::metadata(&path).is_ok_and(|meta| meta.len() == RESERVE_BYTES as u64);
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path);
+        let known = file.as_ref().ok().and_then(|file| file.metadata().ok());
         let mut reserve = Reserve {
-            path,
-            kept,
-            full_at: None,
+            bytes: known.map_or(0, |meta| meta.len().min(WHOLE)),
+            file: file.ok(),
+            full: None,
         };
         reserve.refill();
         reserve
     }
 
-    /// Gives the space away; whether there was any.
+    /// Gives a part of it away; false when nothing is left.
     pub(crate) fn give(&mut self) -> bool {
-        self.full_at = Some(Instant::now());
-        std::mem::take(&mut self.kept) && fs::remove_file(&self.path).is_ok()
+        let Some(file) = self.file.as_ref().filter(|_| self.bytes > 0) else {
+            return false;
+        };
+        self.bytes = self.bytes.saturating_sub(STEP);
+        file.set_len(self.bytes).is_ok()
     }
 
-    /// Takes the space again, unless the disk was full a moment ago.
+    /// Takes again what is missing, as far as there is space.
     pub(crate) fn refill(&mut self) {
-        if self.kept || self.full_at.is_some_and(|since| since.elapsed() < LEFT_ALONE) {
-            return;
-        }
-        match self.write() {
-            Ok(()) => self.kept = true,
-            Err(_) => {
-                // Half of it would be kept from everybody and be of no use.
-                let _ = fs::remove_file(&self.path);
-                self.full_at = Some(Instant::now());
+        self.full = None;
+        while let Some(file) = self.file.as_ref().filter(|_| self.bytes < WHOLE) {
+            let wanted = STEP.min(WHOLE - self.bytes);
+            match append(file, self.bytes, wanted) {
+                Ok(()) => self.bytes += wanted,
+                Err(error) => {
+                    let _ = file.set_len(self.bytes);
+                    let error = redb::Error::Io(error);
+                    self.full = is_full(&error).then(|| Arc::new(error));
+                    return;
+                }
             }
         }
     }
 
-    /// Not zeros, which some file systems keep without space.
-    fn write(&self) -> io::Result<()> {
-        File::create(&self.path)?.write_all(&vec![0xc5; RESERVE_BYTES])
+    /// Why nothing may be written that takes space: some of the reserve is missing, and cannot be had.
+    pub(crate) fn why_full(&mut self) -> Option<Arc<redb::Error>> {
+        if self.bytes < WHOLE {
+            self.refill();
+        }
+        self.full.clone()
     }
 }
 
@@ -73,31 +86,37 @@ pub(crate) fn is_full(error: &redb::Error) -> bool {
     )
 }
 
+/// Bytes that no file system can keep in less space.
+fn append(mut file: &File, from: u64, count: u64) -> io::Result<()> {
+    file.seek(SeekFrom::Start(from))?;
+    let random = File::open("/dev/urandom")?;
+    io::copy(&mut random.take(count), &mut file).map(drop)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn it_is_given_once_and_taken_again_later() {
+    fn it_is_given_in_parts_and_taken_again() {
         let dir = tempfile::tempdir().unwrap();
         let database = dir.path().join("meta.db");
-        let file = dir.path().join("meta.db.reserve");
+        let length = || dir.path().join("meta.db.reserve").metadata().unwrap().len();
         let mut reserve = Reserve::beside(&database);
-        assert_eq!(fs::metadata(&file).unwrap().len(), RESERVE_BYTES as u64);
-        assert!(reserve.give() && !file.exists());
-        assert!(!reserve.give());
-        reserve.refill();
-        assert!(!file.exists(), "the disk was full a moment ago");
-        reserve.full_at = None;
-        reserve.refill();
-        assert!(file.exists());
-        // Found again by the next daemon.
-        assert!(Reserve::beside(&database).give());
+        assert_eq!(length(), WHOLE);
+        assert!(reserve.give());
+        assert_eq!(length(), WHOLE - STEP);
+        while reserve.give() {}
+        assert_eq!(length(), 0);
+        // The next daemon finds what there is.
+        assert!(Reserve::beside(&database).why_full().is_none());
+        assert_eq!(length(), WHOLE);
     }
 
     #[test]
-    fn what_cannot_be_made_is_not_there() {
+    fn where_none_can_be_made_nothing_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(!Reserve::beside(&dir.path().join("no/meta.db")).give());
+        let mut none = Reserve::beside(&dir.path().join("no/meta.db"));
+        assert!(!none.give() && none.why_full().is_none());
     }
 }

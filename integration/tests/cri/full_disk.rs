@@ -65,6 +65,9 @@ async fn pods_are_removed_from_a_full_disk() -> Result<()> {
         pods.push((pod, container));
     }
     fill(&node)?;
+    let reserve = node.root().join("meta.db.reserve");
+    let kept = std::fs::metadata(reserve)?.len();
+    ensure!(kept == 512 << 10, "{kept}");
     let (pod, container) = &pods[0];
     node.stop_container(container, 0).await?;
     node.remove_container(container).await?;

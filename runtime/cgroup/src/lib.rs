@@ -6,7 +6,7 @@
 //! ```text
 //! create   directories, checks on what was there before
 //! apply    limits and device rules
-//! place    how the first process gets in: at its birth, or by `add` right after
+//! place    how new processes get in: at their birth, or by their own hand right after
 //! ```
 //!
 //! Everything works on held directory descriptors; no name can leave its hierarchy. Nothing assumes uid 0 or a

@@ -198,7 +198,6 @@ fn is_busy(error: &Error) -> bool {
         Error::Launch(LaunchError::Init(failure)) => {
             failure.step == Step::CreateNamespaces && failure.errno == Some(Errno::EBUSY)
         }
-        Error::Launch(LaunchError::Cgroup(error)) => error.errno() == Some(Errno::EBUSY),
         Error::Launch(LaunchError::Call { source, .. }) => source.errno() == Errno::EBUSY,
         _ => false,
     }

@@ -205,7 +205,7 @@ impl<'a> Spawn<'a> {
             _ => "execveat",
         };
         let args = match (call, self.program) {
-            ("write", _) => "cgroup.procs, 0".into(),
+            ("write", _) => "tasks of its cgroup, 0".into(),
             (_, Program::Path(path)) => format!("{path:?}"),
             (_, Program::Fd(fd)) => format!("{}, {name:?}", fd::show(fd)),
         };

@@ -177,6 +177,14 @@ pub fn write(fd: impl AsFd, bytes: &[u8]) -> Result<usize, Errno> {
     })?)
 }
 
+/// The same of a word that a file of the kernel takes whole or not at all, with an error that names the file.
+pub fn write_word(fd: impl AsFd, word: &str) -> Result<()> {
+    match write(&fd, word.as_bytes()) {
+        Ok(_) => Ok(()),
+        Err(errno) => Err(Error::new("write", format!("{}, {word:?}", show(fd)), errno)),
+    }
+}
+
 /// writev(2), repeated on `EINTR`; may write less than asked.
 pub fn write_vectored(fd: impl AsFd, slices: &[std::io::IoSlice<'_>]) -> Result<usize, Errno> {
     Ok(rustix::io::retry_on_intr(|| {

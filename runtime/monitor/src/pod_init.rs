@@ -83,11 +83,7 @@ fn run(report: &OwnedFd, tasks: &[OwnedFd], empty_dir: &str) -> i32 {
 
 /// Moves itself into its cgroup, which v1 knows no other cheap way into.
 fn enter(tasks: &[OwnedFd]) -> coracle_kernel::Result<()> {
-    tasks.iter().try_for_each(|tasks| {
-        fd::write(tasks, b"0")
-            .map(drop)
-            .map_err(|errno| Error::new("write", "tasks, 0", errno))
-    })
+    tasks.iter().try_for_each(|tasks| fd::write_word(tasks, "0"))
 }
 
 fn prepare(empty_dir: &str) -> coracle_kernel::Result<()> {

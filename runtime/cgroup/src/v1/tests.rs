@@ -205,7 +205,7 @@ fn a_new_process_moves_itself_into_every_hierarchy() {
         let groups = |pid: Pid| fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
         // Where it is put by its pid it is by itself too.
         assert_eq!(groups(born.pid), groups(moved.pid()));
-        assert!(groups(born.pid).contains(&location.path()));
+        assert!(groups(born.pid).contains(&format!(":freezer:{}\n", group.location().path())));
         pidfd::send_signal(&born.pidfd, Signal::KILL).unwrap();
         wait::wait(Id::Pidfd(born.pidfd.as_fd())).unwrap();
     }

@@ -167,8 +167,7 @@ fn one_more(setup: &mut Setup<'_>, link: &mut Link) -> Result<Infallible, Failur
 
     // Of what the process between still needed nothing may stay.
     steps::close_after(setup, link)?;
-    // The oom score is the parent's to set, and the cgroup where the kernel lets only somebody else move us: nothing
-    // before its word.
+    // The oom score is the parent's to set: nothing before its word.
     steps::await_order(link, Order::Go)?;
     creds::set_dumpable(false).at(Step::BecomeRoot)?;
     if setup.namespaces.user() {

@@ -36,9 +36,7 @@ pub(super) fn await_order(link: &Link, expected: Order) -> Result<(), Failure> {
 /// Moves us into a cgroup by our own hand, while we have one thread and see the host's hierarchies through these files.
 pub(super) fn enter_cgroup(setup: &mut Setup<'_>) -> Result<(), Failure> {
     for tasks in std::mem::take(&mut setup.tasks) {
-        fd::write(&tasks, b"0")
-            .map_err(|errno| coracle_kernel::Error::new("write", "tasks, 0", errno))
-            .at(Step::Cgroup)?;
+        fd::write_word(tasks, "0").at(Step::Cgroup)?;
     }
     Ok(())
 }
