@@ -14,7 +14,7 @@ use coracle_integration::leaks;
 use serde_json::json;
 
 use crate::cri::{Containerd, IMAGE};
-use crate::sample::{Row, Sample, print_rows, print_size};
+use crate::sample::{Row, Sample, print_rows, print_size_once};
 
 const FEW: usize = 3;
 const MANY: usize = 43;
@@ -59,20 +59,20 @@ pub(crate) fn run() -> Result<()> {
             &|figures| figures.scale.clone(),
         ),
     ]);
-    for (name, figures) in &figures {
-        print_size(
-            &format!("memory of {name} then (RSS)"),
-            figures.daemon_kib,
-            figures.daemon_kib,
-            "",
-        );
-        print_size(
-            &format!("memory of the monitors or shims of {name} then, all (Pss)"),
-            figures.monitors_kib,
-            figures.monitors_kib,
-            "",
-        );
-    }
+    let sizes = |of: fn(&Figures) -> u64| -> Vec<(&str, u64)> {
+        figures
+            .iter()
+            .map(|(name, figures)| (*name, of(figures)))
+            .collect()
+    };
+    print_size_once(
+        "memory of coracled then (RSS)",
+        &sizes(|figures| figures.daemon_kib),
+    );
+    print_size_once(
+        "memory of the monitors or shims then, all (Pss)",
+        &sizes(|figures| figures.monitors_kib),
+    );
     Ok(())
 }
 

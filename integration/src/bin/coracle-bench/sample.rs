@@ -82,6 +82,23 @@ pub(crate) fn print_rows(rows: &[Row]) {
     }
 }
 
+/// Prints a line of the table for a size that was taken once of each program; ours is the first.
+#[allow(clippy::print_stdout, reason = "this is what the program is for")]
+#[allow(clippy::cast_precision_loss, reason = "sizes of programs")]
+pub(crate) fn print_size_once(figure: &str, sizes: &[(&str, u64)]) {
+    let Some(((_, ours), peers)) = sizes.split_first() else {
+        return;
+    };
+    let head = format!("| {figure} | {ours} KiB | {ours} KiB");
+    if peers.is_empty() {
+        println!("{head} | | | | | | |");
+    }
+    for (name, peer) in peers {
+        let ratio = *ours as f64 / *peer as f64;
+        println!("{head} | {name} | {peer} KiB | {peer} KiB | {ratio:.2} | {ratio:.2} |  |");
+    }
+}
+
 /// Prints a line of the table for a size, smallest and middle one.
 #[allow(clippy::print_stdout, reason = "this is what the program is for")]
 pub(crate) fn print_size(figure: &str, min_kib: u64, median_kib: u64, target: &str) {
