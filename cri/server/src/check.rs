@@ -19,7 +19,6 @@ enum Weight {
 }
 
 /// Prints the findings; the exit status is 1 when one of them keeps the daemon from running.
-#[allow(clippy::print_stdout, reason = "this is the command's answer")]
 pub(crate) fn check(flags: &Serve) -> Result<ExitCode> {
     let config = Config::load(flags.config.as_deref())?;
     let findings = [
@@ -40,7 +39,7 @@ pub(crate) fn check(flags: &Serve) -> Result<ExitCode> {
                 "BAD "
             }
         };
-        println!("{word} {text}");
+        crate::answer(format_args!("{word} {text}"))?;
     }
     Ok(code)
 }

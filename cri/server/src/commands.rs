@@ -44,7 +44,6 @@ async fn connect(target: &Target) -> Result<Channel> {
         .with_context(|| format!("connect to {}: is coracled running?", target.socket.display()))
 }
 
-#[allow(clippy::print_stdout, reason = "this is the command's answer")]
 async fn import(target: &Target, name: String, archive: &Path) -> Result<()> {
     let mut client = AdminClient::new(connect(target).await?);
     let mut source: Box<dyn Read + Send> = match archive.to_str() {
@@ -73,12 +72,11 @@ async fn import(target: &Target, name: String, archive: &Path) -> Result<()> {
         .await?
         .with_context(|| format!("read {}", archive.display()))?;
     for image in answer.map_err(words)?.into_inner().images {
-        println!("{} {}", image.id, image.names.join(" "));
+        crate::answer(format_args!("{} {}", image.id, image.names.join(" ")))?;
     }
     Ok(())
 }
 
-#[allow(clippy::print_stdout, reason = "this is the command's answer")]
 async fn pull(target: &Target, reference: String) -> Result<()> {
     let mut client = ImageServiceClient::new(connect(target).await?);
     let image = Some(v1::ImageSpec {
@@ -92,11 +90,10 @@ async fn pull(target: &Target, reference: String) -> Result<()> {
         })
         .await
         .map_err(words)?;
-    println!("{}", answer.into_inner().image_ref);
+    crate::answer(format_args!("{}", answer.into_inner().image_ref))?;
     Ok(())
 }
 
-#[allow(clippy::print_stdout, reason = "this is the command's answer")]
 async fn list(target: &Target) -> Result<()> {
     let mut client = ImageServiceClient::new(connect(target).await?);
     let answer = client
@@ -109,7 +106,7 @@ async fn list(target: &Target) -> Result<()> {
         } else {
             image.repo_tags
         };
-        println!("{}\t{}\t{}", image.id, image.size, names.join(" "));
+        crate::answer(format_args!("{}\t{}\t{}", image.id, image.size, names.join(" ")))?;
     }
     Ok(())
 }

@@ -16,7 +16,7 @@ mod telemetry;
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use clap::Parser;
 use coracle_image::{Role, worker_main};
 
@@ -36,6 +36,11 @@ fn main() -> ExitCode {
     }
 }
 
+/// Writes a line of what a command answers; `println!` would panic where nobody reads on.
+fn answer(line: std::fmt::Arguments<'_>) -> Result<()> {
+    writeln!(std::io::stdout(), "{line}").context("write to standard output")
+}
+
 fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command.unwrap_or(Command::Serve(cli.serve)) {
         Command::Serve(flags) => {
@@ -50,7 +55,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
             } else {
                 Config::load(flags.config.as_deref())?
             };
-            print!("{}", toml::to_string(&config)?);
+            answer(format_args!("{}", toml::to_string(&config)?.trim_end()))?;
         }
         Command::Image(command) => commands::image(command)?,
         #[cfg(feature = "failpoints")]
