@@ -33,6 +33,19 @@ fn version_has_the_lines_callers_parse() {
 }
 
 #[test]
+fn a_standard_error_that_takes_nothing_changes_no_exit_code() {
+    let dir = tempfile::tempdir().unwrap();
+    let runtime = Runtime::new(&dir.path().join("state"), "cli");
+    let logged = ["--log", "/dev/null", "state", "nosuch"];
+    for args in [&["state", "nosuch"][..], &logged, &["--no-such-flag"]] {
+        let mut command = runtime.bare(args);
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let status = command.stderr(full).stdout(std::process::Stdio::null()).status();
+        assert_eq!(status.unwrap().code(), Some(1), "{args:?}");
+    }
+}
+
+#[test]
 fn help_names_the_commands() {
     for args in [&["--help"][..], &["-h"], &["help"]] {
         let out = bare(args).ok();

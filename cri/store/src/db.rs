@@ -384,15 +384,14 @@ impl Writer {
             return;
         }
         let mut result = self.attempt(|db| write(db, operations(&group)));
-        if is_full(&result) {
-            if let Err(error) = &result {
-                refuse_takers(&mut group, error);
-            }
+        if is_full(&result)
+            && let Err(error) = &result
+        {
+            let mut is_lighter = refuse_takers(&mut group, error);
             if group.is_empty() {
                 return;
             }
-            result = self.attempt(|db| write(db, operations(&group)));
-            while is_full(&result) && self.reserve.give() {
+            while is_full(&result) && (std::mem::take(&mut is_lighter) || self.reserve.give()) {
                 result = self.attempt(|db| write(db, operations(&group)));
             }
         }
@@ -423,11 +422,13 @@ impl Writer {
     }
 }
 
-/// Answers those that would take space from what frees some, and removes them.
-fn refuse_takers(group: &mut Vec<Write>, error: &CommitError) {
+/// Answers those that would take space from what frees some, and removes them; whether there were any.
+fn refuse_takers(group: &mut Vec<Write>, error: &CommitError) -> bool {
+    let all = group.len();
     for (_, reply) in group.extract_if(.., |(ops, _)| !ops.iter().all(Op::frees)) {
         let _ = reply.send(Err(error.clone()));
     }
+    group.len() < all
 }
 
 fn operations(group: &[Write]) -> impl Iterator<Item = &Op> {

@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Instant;
 
 use crate::spdy::{self, Connection, Headers};
-use crate::transport::{Reading, Socket};
+use crate::transport::{self, Reading, Socket};
 use crate::writer::{Send, Writer};
 use crate::ws::frame::opcode;
 use crate::ws::{self, Channels, Decoder};
@@ -110,7 +110,7 @@ impl Link {
     /// `early` has come with the upgrade request. The peer may have `most_streams` at once.
     pub(crate) fn new(socket: Socket, early: &[u8], wire: Wire, most_streams: usize) -> io::Result<Link> {
         let clock = Arc::new(Clock::new());
-        let (read, write) = socket.split()?;
+        let (read, write) = transport::split(socket)?;
         let spdy = || Box::new(Connection::new(most_streams));
         let decoder = match wire {
             Wire::Spdy => Protocol::Spdy(spdy()),

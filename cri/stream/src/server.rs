@@ -188,8 +188,8 @@ async fn connection<S: Sessions>(shared: Arc<Shared<S>>, socket: TcpStream, mut 
     // upgrade would have it too, which Go's clients do not take.
     let http = async {
         let socket = match &shared.tls {
-            Some(tls) => Socket::Tls(Box::new(tls.accept(socket).await?)),
-            None => Socket::Plain(socket),
+            Some(tls) => Socket::Right(Box::new(tls.accept(socket).await?)),
+            None => Socket::Left(socket),
         };
         http1::Builder::new()
             .max_headers(MOST_HEADERS)

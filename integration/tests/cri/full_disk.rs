@@ -4,12 +4,29 @@ use std::fs::File;
 use std::io::{ErrorKind, Write as _};
 
 use anyhow::{Result, ensure};
+use coracle_integration::node::binary;
 use coracle_integration::{Node, Options, request};
 
 crate::tests![
     a_full_disk_ends_no_connection_and_no_pod,
     pods_are_removed_from_a_full_disk,
+    an_answer_that_nobody_takes_is_an_error,
 ];
+
+async fn an_answer_that_nobody_takes_is_an_error() -> Result<()> {
+    let full = File::options().write(true).open("/dev/full")?;
+    let config = std::process::Command::new(binary("coracled"))
+        .args(["config", "--default"])
+        .stdout(full)
+        .output()?;
+    let said = String::from_utf8_lossy(&config.stderr);
+    ensure!(
+        config.status.code() == Some(1) && said.contains("standard output: No space left on device"),
+        "{}: {said}",
+        config.status
+    );
+    Ok(())
+}
 
 async fn a_full_disk_ends_no_connection_and_no_pod() -> Result<()> {
     let node = small_node().await?;

@@ -250,7 +250,7 @@ async fn a_share_of_memory_is_kept_to_the_end_of_the_session() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let socket = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (served, _) = listener.accept().await.unwrap();
-    let link = Link::new(crate::transport::Socket::Plain(served), &[], Wire::Spdy, 16).unwrap();
+    let link = Link::new(crate::transport::Socket::Left(served), &[], Wire::Spdy, 16).unwrap();
     let session = tokio::spawn(async move {
         let request = PortForwardRequest {
             pod: "pod".to_owned(),
