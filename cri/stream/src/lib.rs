@@ -9,8 +9,9 @@
 //! belongs to it is dropped: the process sees that by its descriptors.
 //!
 //! The protocols (`spdy`, `ws`, `resize`) take bytes and give events; `link` and `writer` are the socket around them,
-//! which `transport` makes one of TCP or of TLS.
+//! which `transport` makes one of TCP or of TLS; `chunk` is what goes there in memory or in pipes.
 
+mod chunk;
 mod link;
 mod negotiate;
 mod portforward;
@@ -147,7 +148,7 @@ pub struct Limits {
     pub forwards: usize,
     /// Those into one pod.
     pub forwards_of_one: usize,
-    /// Bytes that port-forwards may keep on their way. One has 5.5 MiB of them, or where there are not so many for it
+    /// Bytes that port-forwards may keep on their way. One has 4.75 MiB of them, or where there are not so many for it
     /// 1 MiB, which does not count.
     pub memory: usize,
     /// Those of one pod.
@@ -193,7 +194,8 @@ impl Limits {
         let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
         let usual = Limits::default();
         Limits {
-            // one has a socket, up to three pipes or a terminal, and another descriptor of the socket for TLS
+            // one has a socket, up to three pipes, some with both of their ends, or a terminal, and another descriptor
+            // of the socket for TLS
             sessions: usual.sessions.min(descriptors / 16),
             forwards: usual.forwards.min(descriptors / 4),
             pending: usual.pending.min(descriptors / 16),

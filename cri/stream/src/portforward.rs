@@ -7,18 +7,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncWriteExt as _, Interest};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use crate::chunk::Pool;
 use crate::link::{Event, Gone, Link, Piece, Reader, run};
 use crate::shares::Shares;
 use crate::spdy::Headers;
 use crate::spdy::frame::Reason;
-use crate::writer::{Pool, QUEUE, Send};
+use crate::writer::{QUEUE, Send};
 use crate::{Limits, PortForwardRequest, Sessions, chain};
 
 /// Streams that a client may have open at once: two a connection.
@@ -26,9 +27,10 @@ pub(crate) const MOST_STREAMS: usize = 512;
 
 /// Bytes of all connections that wait for pods at most. One that does not read stops the others only beyond this.
 const BUDGET: usize = 4 << 20;
-/// Bytes read from a pod at a time, and how many such chunks may be on their way to the client.
+/// Bytes read from a pod at a time, and how many such chunks may be on their way to the client: one that is written, one
+/// that waits for that, one being read.
 const CHUNK: usize = 256 << 10;
-const CHUNKS: usize = 6;
+const CHUNKS: usize = 3;
 /// The same where the pod's sessions have their share of memory already: enough to go on.
 const LEAST_BUDGET: usize = 512 << 10;
 const LEAST_CHUNKS: usize = 2;
@@ -61,6 +63,7 @@ pub(crate) async fn serve<S: Sessions>(
         Ok(_) => (BUDGET, CHUNKS),
         Err(_) => (LEAST_BUDGET, LEAST_CHUNKS),
     };
+    writer.keep_little();
     let (to, queue) = mpsc::channel(QUEUE);
     let mut forwards = Forwards {
         request,
@@ -72,7 +75,7 @@ pub(crate) async fn serve<S: Sessions>(
         targets: HashMap::new(),
         tasks: JoinSet::new(),
         budget: Arc::new(Semaphore::new(budget)),
-        pool: Pool::new(chunks, CHUNK),
+        pool: Pool::new(writer.kind(), chunks, CHUNK),
         to,
     };
     let body = async {
@@ -389,15 +392,13 @@ impl Connection {
                 Ok(()) => self.pool.take().await,
                 Err(_) => return Ok(Downward::Broken),
             };
-            match socket.try_read(chunk.room()) {
+            let from: &TcpStream = socket.as_ref();
+            match from.try_io(Interest::READABLE, || chunk.fill(from, CHUNK)) {
                 Ok(0) => {
                     self.to.send(Send::Finish(self.streams.data)).await?;
                     return Ok(Downward::Finished);
                 }
-                Ok(length) => {
-                    let send = Send::Data(self.streams.data, chunk.filled(length));
-                    self.to.send(send).await?;
-                }
+                Ok(_) => self.to.send(Send::Data(self.streams.data, chunk)).await?,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 Err(_) => return Ok(Downward::Broken),
             }

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Buf as _;
-use coracle_kernel::error::Errno;
 use coracle_kernel::tty::{self, Size};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -15,9 +14,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::Process;
+use crate::chunk::{Chunk, Kind, Pool};
 use crate::link::Piece;
 use crate::status::Outcome;
-use crate::writer::{Chunk, Pool, Send};
+use crate::writer::Send;
 
 /// Bytes read at a time: a pipe's buffer.
 const CHUNK: usize = 64 << 10;
@@ -83,7 +83,7 @@ pub(crate) async fn copy(
         given_up: [no_stdout, no_stderr],
     } = inputs;
     let (exited, exit_time) = watch::channel(None);
-    let pool = Pool::new(CHUNKS, CHUNK);
+    let pool = Pool::new(Kind::Memory, CHUNKS, CHUNK);
     let output = |source: Option<Fd>, stream, given_up| {
         let (exit_time, pool, to) = (exit_time.clone(), Arc::clone(&pool), outputs.to.clone());
         async move {
@@ -178,12 +178,12 @@ async fn copy_out(source: &Fd, stream: Option<u32>, to: &mpsc::Sender<Send>, poo
         };
         let Ok(mut ready) = ready else { return };
         let mut chunk = pool.take().await;
-        match ready.try_io(|fd| read(fd, &mut chunk)) {
+        match ready.try_io(|fd| chunk.fill(fd.get_ref(), CHUNK)) {
             // not readable after all, and no longer said to be
             Err(_) => {}
             Ok(Ok(0) | Err(_)) => return,
-            Ok(Ok(length)) => {
-                if send(to, stream, chunk.filled(length)).await.is_err() {
+            Ok(Ok(_)) => {
+                if send(to, stream, chunk).await.is_err() {
                     return;
                 }
             }
@@ -196,13 +196,12 @@ async fn copy_out(source: &Fd, stream: Option<u32>, to: &mpsc::Sender<Send>, poo
     let mut left = end.most_after;
     while left > 0 {
         let mut chunk = pool.take().await;
-        let length = match read(source, &mut chunk) {
-            // empty, or at its end
-            Ok(0) | Err(_) => return,
-            Ok(length) => length.min(left),
-        };
-        left -= length;
-        if send(to, stream, chunk.filled(length)).await.is_err() {
+        // empty, or at its end
+        if !matches!(chunk.fill(source.get_ref(), left), Ok(1..)) {
+            return;
+        }
+        left -= chunk.len();
+        if send(to, stream, chunk).await.is_err() {
             return;
         }
     }
@@ -231,7 +230,7 @@ async fn feed(target: &Fd, mut pieces: mpsc::UnboundedReceiver<Piece>) {
         while piece.bytes.has_remaining() {
             let wrote = target
                 .async_io(Interest::WRITABLE, |fd| {
-                    coracle_kernel::fd::write(fd, &piece.bytes).map_err(to_io)
+                    Ok(coracle_kernel::fd::write(fd, &piece.bytes)?)
                 })
                 .await;
             match wrote {
@@ -271,7 +270,7 @@ async fn is_true(mut flag: watch::Receiver<bool>) {
 )]
 fn register(fd: OwnedFd, interest: Interest) -> io::Result<Fd> {
     // a blocking descriptor would stop a thread of the server, not only its session
-    coracle_kernel::fd::set_nonblocking(&fd, true).map_err(|e| to_io(e.errno()))?;
+    coracle_kernel::fd::set_nonblocking(&fd, true)?;
     Ok(Arc::new(AsyncFd::with_interest(fd, interest)?))
 }
 
@@ -280,14 +279,6 @@ fn or_tty(fd: Option<OwnedFd>, tty: Option<&Fd>, interest: Interest) -> io::Resu
         Some(fd) => register(fd, interest).map(Some),
         None => Ok(tty.cloned()),
     }
-}
-
-fn read(fd: &AsyncFd<OwnedFd>, chunk: &mut Chunk) -> io::Result<usize> {
-    coracle_kernel::fd::read(fd.get_ref(), chunk.room()).map_err(to_io)
-}
-
-fn to_io(errno: Errno) -> io::Error {
-    io::Error::from_raw_os_error(errno.raw())
 }
 
 #[cfg(test)]
@@ -305,7 +296,7 @@ mod tests {
             most_after,
         };
         let (to, mut sent) = mpsc::channel(100);
-        copy_out(&source, Some(1), &to, &Pool::new(100, 1000), end).await;
+        copy_out(&source, Some(1), &to, &Pool::new(Kind::Memory, 100, 1000), end).await;
         drop(to);
         let mut bytes = 0;
         while let Some(Send::Data(1, chunk)) = sent.recv().await {

@@ -1,11 +1,14 @@
-//! The side of the socket that is written: what is sent becomes frames. Also the chunks that carry data there.
+//! The side of the socket that is written: what is sent becomes frames.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use tokio::io::AsyncWriteExt as _;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use coracle_kernel::tcp;
+use tokio::io::{AsyncWriteExt as _, Interest};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 
+use crate::chunk::{Chunk, HEADROOM, Kind, Pipe};
 use crate::link::{Clock, Wire};
 use crate::spdy::frame as spdy;
 use crate::transport::Writing;
@@ -15,11 +18,8 @@ use crate::ws::frame::{self as ws, opcode};
 /// Sends that wait for the writer.
 pub(crate) const QUEUE: usize = 8;
 
-/// Room before the payload of a chunk for every head that may come before it.
-const HEADROOM: usize = 32;
-
-/// Unused buffers that a pool keeps.
-const KEPT: usize = 2;
+/// What is kept in the socket of a client at a loopback address; the kernel takes twice this, if its limit is not less.
+const LITTLE: usize = 256 << 10;
 
 /// Close status: the purpose is fulfilled.
 const NORMAL: u16 = 1000;
@@ -63,19 +63,32 @@ impl Writer {
         }
     }
 
+    /// Where the chunks may be that are sent here. What is encoded or encrypted comes from memory.
+    pub(crate) fn kind(&self) -> Kind {
+        match &self.socket {
+            Writing::Left(_) if !self.wire.is_base64() => Kind::Pipe,
+            _ => Kind::Memory,
+        }
+    }
+
+    /// Keeps little of what is written in the socket of a client at a loopback address: what waits there is neither
+    /// fetched sooner by it, nor still in a cache of the processor when it is. Others need much, to fill their line.
+    pub(crate) fn keep_little(&self) {
+        if let Writing::Left(half) = &self.socket
+            && half
+                .peer_addr()
+                .is_ok_and(|peer| peer.ip().to_canonical().is_loopback())
+        {
+            // without it the same arrives
+            let _ = tcp::set_send_buffer(half.as_ref(), LITTLE);
+        }
+    }
+
     /// Writes what comes, until the end is sent or nobody is left to send anything.
     pub(crate) async fn run(mut self, mut queue: mpsc::Receiver<Send>) -> io::Result<()> {
         while let Some(send) = queue.recv().await {
             match send {
-                Send::Data(stream, mut chunk) => {
-                    if let Wire::Channels { base64: true, .. } = self.wire {
-                        let text = channel::encode(number(stream), chunk.payload());
-                        self.write(&ws::frame(opcode::TEXT, &text)).await?;
-                    } else {
-                        let from = self.wire.put_heads(stream, &mut chunk);
-                        self.write(&chunk.buffer[from..HEADROOM + chunk.length]).await?;
-                    }
-                }
+                Send::Data(stream, chunk) => self.chunk(stream, chunk).await?,
                 Send::Text(stream, bytes) => {
                     let frame = match self.wire {
                         Wire::Channels { base64: true, .. } => {
@@ -111,6 +124,46 @@ impl Writer {
         self.socket.shutdown().await
     }
 
+    async fn chunk(&mut self, stream: u32, mut chunk: Chunk) -> io::Result<()> {
+        let length = chunk.len();
+        if let Some(pipe) = chunk.pipe() {
+            let mut heads = [0; HEADROOM];
+            let from = self.wire.put_heads(stream, length, &mut heads);
+            return self.splice(&heads[from..], pipe).await;
+        }
+        let memory = chunk.memory();
+        if self.wire.is_base64() {
+            let text = channel::encode(number(stream), &memory[HEADROOM..]);
+            return self.write(&ws::frame(opcode::TEXT, &text)).await;
+        }
+        // in one call, without being copied
+        let from = self.wire.put_heads(stream, length, &mut memory[..HEADROOM]);
+        self.write(&memory[from..]).await
+    }
+
+    /// Writes heads, and what is in a pipe as it is there.
+    async fn splice(&mut self, heads: &[u8], pipe: &mut Pipe) -> io::Result<()> {
+        let Writing::Left(half) = &self.socket else {
+            // by `kind` there are no such chunks
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let socket: &TcpStream = half.as_ref();
+        let mut left = heads;
+        while !left.is_empty() {
+            let send = || Ok(tcp::send_more(socket, left)?);
+            let sent = socket.async_io(Interest::WRITABLE, send).await?;
+            left = &left[sent..];
+        }
+        while pipe.holds() > 0 {
+            let splice = || Ok(pipe.empty(socket)?);
+            if socket.async_io(Interest::WRITABLE, splice).await? == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            self.clock.tick();
+        }
+        Ok(())
+    }
+
     async fn farewell(mut self) -> io::Result<()> {
         if self.wire.has_streams() {
             self.frame(spdy::goaway(self.accepted)).await?;
@@ -142,98 +195,26 @@ impl Writer {
 }
 
 impl Wire {
-    /// Writes the heads that come before a chunk's payload, right before it: a chunk is written in one call without
-    /// being copied. Where they begin.
-    fn put_heads(self, stream: u32, chunk: &mut Chunk) -> usize {
-        let (buffer, length) = (&mut chunk.buffer, chunk.length);
-        let frame = HEADROOM - spdy::HEAD;
+    fn is_base64(self) -> bool {
+        matches!(self, Wire::Channels { base64: true, .. })
+    }
+
+    /// Writes the heads that come before so many bytes on a stream to the end of `room`; where they begin.
+    fn put_heads(self, stream: u32, length: usize, room: &mut [u8]) -> usize {
+        let end = room.len();
         match self {
             Wire::Spdy | Wire::Tunnel => {
-                buffer[frame..HEADROOM].copy_from_slice(&spdy::data(stream, 0, length));
+                let frame = end - spdy::HEAD;
+                room[frame..].copy_from_slice(&spdy::data(stream, 0, length));
                 match self {
-                    Wire::Tunnel => ws::put_head(buffer, frame, opcode::BINARY, spdy::HEAD + length),
+                    Wire::Tunnel => ws::put_head(room, frame, opcode::BINARY, spdy::HEAD + length),
                     _ => frame,
                 }
             }
             Wire::Channels { .. } => {
-                buffer[HEADROOM - 1] = number(stream);
-                ws::put_head(buffer, HEADROOM - 1, opcode::BINARY, 1 + length)
+                room[end - 1] = number(stream);
+                ws::put_head(room, end - 1, opcode::BINARY, 1 + length)
             }
-        }
-    }
-}
-
-/// Buffers of one session for what it sends: as many as may be on their way at once, whatever the number of streams.
-pub(crate) struct Pool {
-    size: usize,
-    unused: Mutex<Vec<Box<[u8]>>>,
-    turns: Arc<Semaphore>,
-}
-
-impl Pool {
-    /// `count` chunks of `size` bytes, none of them allocated yet.
-    pub(crate) fn new(count: usize, size: usize) -> Arc<Pool> {
-        Arc::new(Pool {
-            size,
-            unused: Mutex::default(),
-            turns: Arc::new(Semaphore::new(count)),
-        })
-    }
-
-    /// Waits for a chunk; who asks first is served first.
-    pub(crate) async fn take(self: &Arc<Pool>) -> Chunk {
-        let turn = Arc::clone(&self.turns).acquire_owned().await.ok();
-        let unused = self.lock().pop();
-        Chunk {
-            buffer: unused.unwrap_or_else(|| vec![0; HEADROOM + self.size].into_boxed_slice()),
-            length: 0,
-            pool: Arc::clone(self),
-            _turn: turn,
-        }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Box<[u8]>>> {
-        self.unused.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A buffer of a pool, to which it returns.
-pub(crate) struct Chunk {
-    buffer: Box<[u8]>,
-    length: usize,
-    pool: Arc<Pool>,
-    /// None only if the semaphore were closed, which nobody does.
-    _turn: Option<OwnedSemaphorePermit>,
-}
-
-impl Chunk {
-    /// The room for data.
-    pub(crate) fn room(&mut self) -> &mut [u8] {
-        &mut self.buffer[HEADROOM..]
-    }
-
-    /// Says how much of the room is data.
-    pub(crate) fn filled(mut self, length: usize) -> Chunk {
-        self.length = length.min(self.buffer.len() - HEADROOM);
-        self
-    }
-
-    /// How much is data.
-    #[cfg(test)]
-    pub(crate) fn len(&self) -> usize {
-        self.length
-    }
-
-    fn payload(&self) -> &[u8] {
-        &self.buffer[HEADROOM..HEADROOM + self.length]
-    }
-}
-
-impl Drop for Chunk {
-    fn drop(&mut self) {
-        let mut unused = self.pool.lock();
-        if unused.len() < KEPT {
-            unused.push(std::mem::take(&mut self.buffer));
         }
     }
 }

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
 use rustix::fs::{MemfdFlags, OFlags, SealFlags};
 use rustix::io::FdFlags;
+use rustix::pipe::SpliceFlags;
 
 use crate::error::{Errno, Error, Result};
 
@@ -154,6 +155,23 @@ pub fn set_pipe_size(fd: impl AsFd, bytes: usize) -> Result<()> {
     rustix::pipe::fcntl_setpipe_size(fd, bytes)
         .map(drop)
         .map_err(|e| Error::new("fcntl", format!("{}, F_SETPIPE_SZ, {bytes}", show(fd)), e.into()))
+}
+
+/// How many bytes a pipe has room for.
+pub fn pipe_size(fd: impl AsFd) -> Result<usize> {
+    let fd = fd.as_fd();
+    rustix::pipe::fcntl_getpipe_size(fd)
+        .map_err(|e| Error::new("fcntl", format!("{}, F_GETPIPE_SZ", show(fd)), e.into()))
+}
+
+/// Moves up to `most` bytes between a pipe and another file without copying them (splice(2)), repeated on `EINTR`; 0 at
+/// the end of what is read. Where there is nothing to move, or no room, it does not wait for the pipe, and for the other
+/// file only if that waits: `EAGAIN`. A closed socket makes `SIGPIPE` of this, which nothing but ignoring it prevents.
+pub fn splice(from: impl AsFd, to: impl AsFd, most: usize) -> Result<usize, Errno> {
+    Ok(rustix::io::retry_on_intr(|| {
+        let (from, to) = (from.as_fd(), to.as_fd());
+        rustix::pipe::splice(from, None, to, None, most, SpliceFlags::NONBLOCK)
+    })?)
 }
 
 /// Bytes that can be read at once (`FIONREAD`).
@@ -309,6 +327,28 @@ fn close_range(first: i32, last: i32, flags: u32) -> Result<()> {
 mod tests {
     use super::*;
     use std::io::Read as _;
+
+    #[test]
+    fn what_is_spliced_arrives_once_and_whole() {
+        use std::io::{Read as _, Write as _};
+        let (mut here, there) = std::os::unix::net::UnixStream::pair().unwrap();
+        there.set_nonblocking(true).unwrap();
+        let (read, write) = pipe().unwrap();
+        assert_eq!(splice(&there, &write, 100), Err(Errno::EAGAIN));
+        here.write_all(b"ahoy").unwrap();
+        assert_eq!(splice(&there, &write, 3), Ok(3));
+        assert_eq!(splice(&read, &there, 100), Ok(3));
+        assert_eq!(splice(&there, &write, 100), Ok(1));
+        assert_eq!(splice(&read, &there, 100), Ok(1));
+        // an empty pipe whose write end is open
+        assert_eq!(splice(&read, &there, 100), Err(Errno::EAGAIN));
+        here.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(splice(&there, &write, 100), Ok(0));
+        drop(there);
+        let mut bytes = String::new();
+        here.read_to_string(&mut bytes).unwrap();
+        assert_eq!(bytes, "ahoy");
+    }
 
     #[test]
     fn a_sealed_memfd_cannot_be_changed() {

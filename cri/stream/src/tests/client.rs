@@ -66,7 +66,7 @@ pub(super) struct Spdy {
     deflater: Deflater,
     next: u32,
     /// Frames that came while a reply was waited for.
-    early: Vec<Frame>,
+    pub(super) early: Vec<Frame>,
 }
 
 /// What a session has brought, by stream.

@@ -246,6 +246,21 @@ async fn handshakes_that_never_end_are_given_up_for_later_ones() {
     assert_eq!(good.rest().await.text(5), "fine");
 }
 
+#[tokio::test]
+async fn what_is_encrypted_comes_from_memory() {
+    let authority = Authority::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serve = async {
+        let (served, _) = listener.accept().await.unwrap();
+        authority.tls().accept(served).await.unwrap()
+    };
+    let (_client, served) = tokio::join!(authority.connect(address), serve);
+    let socket = crate::transport::Socket::Right(Box::new(served));
+    let link = crate::link::Link::new(socket, &[], crate::link::Wire::Spdy, 16).unwrap();
+    assert_eq!(link.writer.kind(), crate::chunk::Kind::Memory);
+}
+
 #[test]
 fn a_certificate_and_its_key() {
     let authority = Authority::new();

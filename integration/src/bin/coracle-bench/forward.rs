@@ -16,7 +16,7 @@ use coracle_integration::request::{container_config, pod_config};
 use crate::cri::{Containerd, IMAGE};
 use crate::sample::{Row, Sample, print_rows};
 
-const ROUNDS: usize = 10;
+const ROUNDS: usize = 20;
 
 /// What one transfer moves.
 const MEBIBYTES: usize = 256;

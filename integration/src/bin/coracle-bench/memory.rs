@@ -97,21 +97,21 @@ fn grow(client: &Client, daemon: u32) -> Result<()> {
         }
         Ok(())
     };
-    // The first ones fill caches.
-    execs(20)?;
+    // The first ones bring more of the daemon's program into memory, and come to all of its threads.
+    execs(EXECS)?;
     let before = sizes()?;
     execs(EXECS)?;
     let after = sizes()?;
     let grown = |before: u64, after: u64| after.saturating_sub(before);
     let (monitors, daemon) = (grown(before.0, after.0), grown(before.1, after.1));
     print_size(
-        &format!("growth of all monitors by {EXECS} execs (Anonymous)"),
+        &format!("growth of all monitors by {EXECS} more execs (Anonymous)"),
         monitors,
         monitors,
         "0",
     );
     print_size(
-        &format!("growth of coracled by {EXECS} execs (RSS)"),
+        &format!("growth of coracled by {EXECS} more execs (RSS)"),
         daemon,
         daemon,
         "0",
