@@ -202,6 +202,8 @@ mod tests {
     use std::io::{Read as _, Write as _};
     use std::os::unix::net::UnixStream;
 
+    use coracle_kernel::{creds, seccomp, syscall};
+
     use super::*;
 
     const SIZE: usize = 256 << 10;
@@ -283,17 +285,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_cannot_be_spliced_is_read() {
-        // the file is none that splice(2) takes from
+    async fn without_a_pipe_everything_is_copied() {
         let pool = Pool::new(Kind::Pipe, 1, SIZE);
-        let mut chunk = pool.take().await;
-        let master = coracle_kernel::tty::open_master().unwrap();
-        coracle_kernel::tty::unlock(&master).unwrap();
-        let slave = coracle_kernel::tty::open_slave(&master).unwrap();
-        fd::write(&slave, b"typed").unwrap();
-        assert_eq!(chunk.fill(&master, SIZE).unwrap(), 5);
-        assert_eq!(sent(chunk), b"typed");
-        // nor is there a pipe
         let mut chunk = pool.take().await;
         chunk.store.pipe = None;
         let (mut here, there) = UnixStream::pair().unwrap();
@@ -302,5 +295,26 @@ mod tests {
         assert_eq!(sent(chunk), [7; LITTLE]);
         // the next one looks for one again
         assert!(pool.take().await.store.pipe.is_some());
+    }
+
+    #[test]
+    fn where_splice_is_denied_everything_is_copied() {
+        for errno in [Errno::EPERM, Errno::ENOSYS, Errno::EINVAL] {
+            let denied = std::thread::spawn(move || {
+                let pool = Pool::new(Kind::Pipe, 1, SIZE);
+                let mut chunk = tokio::runtime::Builder::new_current_thread()
+                    .build()
+                    .unwrap()
+                    .block_on(pool.take());
+                let (mut here, there) = UnixStream::pair().unwrap();
+                here.write_all(&[7; 100_000]).unwrap();
+                let program = seccomp::lacking_program(syscall::SPLICE, None, errno);
+                creds::set_no_new_privs().unwrap();
+                seccomp::load(&program, seccomp::FilterFlags::empty()).unwrap();
+                assert_eq!(chunk.fill(&there, SIZE).unwrap(), LITTLE, "{errno:?}");
+                assert_eq!(sent(chunk), [7; LITTLE]);
+            });
+            denied.join().unwrap();
+        }
     }
 }

@@ -331,10 +331,26 @@ mod tests {
     #[test]
     fn what_is_spliced_arrives_once_and_whole() {
         use std::io::{Read as _, Write as _};
-        let (mut here, there) = std::os::unix::net::UnixStream::pair().unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut here = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (there, _) = listener.accept().unwrap();
         there.set_nonblocking(true).unwrap();
         let (read, write) = pipe().unwrap();
         assert_eq!(splice(&there, &write, 100), Err(Errno::EAGAIN));
+        // more than the pipe has room for, so in several turns
+        let much: Vec<u8> = (0..30_000u32).flat_map(u32::to_be_bytes).collect();
+        here.write_all(&much).unwrap();
+        let mut left = much.len();
+        while left > 0 {
+            let mut moved = splice(&there, &write, left).unwrap();
+            left -= moved;
+            while moved > 0 {
+                moved -= splice(&read, &there, moved).unwrap();
+            }
+        }
+        let mut bytes = vec![0; much.len()];
+        here.read_exact(&mut bytes).unwrap();
+        assert!(bytes == much);
         here.write_all(b"ahoy").unwrap();
         assert_eq!(splice(&there, &write, 3), Ok(3));
         assert_eq!(splice(&read, &there, 100), Ok(3));

@@ -32,6 +32,7 @@ numbers! {
     FSTAT = SYS_fstat,
     STATX = SYS_statx,
     LSEEK = SYS_lseek,
+    SPLICE = SYS_splice,
     FCNTL = SYS_fcntl,
     DUP = SYS_dup,
     IOCTL = SYS_ioctl,
