@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io::{self, IoSlice};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
@@ -14,7 +14,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::chunk::Pool;
+use crate::chunk::{Kind, Pool};
 use crate::link::{Event, Gone, Link, Piece, Reader, run};
 use crate::shares::Shares;
 use crate::spdy::Headers;
@@ -75,7 +75,9 @@ pub(crate) async fn serve<S: Sessions>(
         targets: HashMap::new(),
         tasks: JoinSet::new(),
         budget: Arc::new(Semaphore::new(budget)),
-        pool: Pool::new(writer.kind(), chunks, CHUNK),
+        kind: writer.kind(),
+        chunks,
+        pool: Weak::new(),
         to,
     };
     let body = async {
@@ -103,7 +105,10 @@ struct Forwards<'a, S> {
     targets: HashMap<u32, Target>,
     tasks: JoinSet<Streams>,
     budget: Arc<Semaphore>,
-    pool: Arc<Pool>,
+    kind: Kind,
+    chunks: usize,
+    /// There as long as a connection or a chunk is: a session without connections keeps no memory and no pipes.
+    pool: Weak<Pool>,
     to: mpsc::Sender<Send>,
 }
 
@@ -266,7 +271,7 @@ impl<S: Sessions> Forwards<'_, S> {
             half_close: self.half_close,
             drain: self.limits.drain,
             to: self.to.clone(),
-            pool: Arc::clone(&self.pool),
+            pool: self.pool(),
         };
         let sessions = Arc::clone(&self.sessions);
         let share = self.connections.take(&pod, 1);
@@ -314,6 +319,15 @@ impl<S: Sessions> Forwards<'_, S> {
             }
         }
         Ok(())
+    }
+
+    /// The one pool of all connections.
+    fn pool(&mut self) -> Arc<Pool> {
+        self.pool.upgrade().unwrap_or_else(|| {
+            let pool = Pool::new(self.kind, self.chunks, CHUNK);
+            self.pool = Arc::downgrade(&pool);
+            pool
+        })
     }
 
     async fn send(&self, send: Send) -> Result<(), Gone> {
