@@ -192,7 +192,9 @@ async fn who_takes_little_at_a_time_is_not_idle() {
     }
     // who takes nothing is
     tokio::time::sleep(idle * 3).await;
-    while client.socket.read(&mut buffer).await.unwrap_or(0) > 0 {}
+    let rest = async { while client.socket.read(&mut buffer).await.unwrap_or(0) > 0 {} };
+    let ended = tokio::time::timeout(Duration::from_secs(30), rest).await;
+    assert!(ended.is_ok(), "it is still served");
 }
 
 #[tokio::test]
